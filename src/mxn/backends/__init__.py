@@ -1,0 +1,1 @@
+"""Adapters: one package or module for each way of running models on some chips."""

@@ -1,0 +1,163 @@
+"""The adapter interface, version 1: what a chip's backend gives to mxn.
+
+A backend names the chips it can reach, says which models they can run, and loads one as an `Executor`, which mxn's own
+engine drives step by step. Values are frozen dataclasses of plain types. Nothing here imports torch; a backend imports
+heavy libraries inside `load` only, which runs in the replica's own process.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from mxn.core.batch import StepBatch, StepResult
+from mxn.core.chip import Chip
+from mxn.core.model import LoadSettings, Model, ModelSpec
+from mxn.core.quantity import Quantity
+from mxn.energy.reader import PowerReader
+
+API_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """Whether a backend can be used on this host, found without loading anything heavy.
+
+    state: active (usable), absent (its chip or library is not here; that is normal), broken (here but unusable).
+    reason: one sentence for a person, with what to do when not active.
+    versions: library name to version.
+    """
+
+    state: Literal["active", "absent", "broken"]
+    reason: str
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Support:
+    """Whether a model can run on a chip through a backend, with every reason for a no or a degraded yes."""
+
+    verdict: Literal["yes", "no", "degraded"]
+    reasons: tuple[str, ...] = ()
+    quantisations: tuple[str, ...] = ()
+    max_context: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryEstimate:
+    """Bytes a loaded model will take on a chip, part by part."""
+
+    weights: Quantity
+    kv_cache: Quantity
+    activations: Quantity
+    overhead: Quantity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PagedKV:
+    """KV cache in blocks of `block_size` tokens; ids 0 .. num_blocks - 1 are all usable."""
+
+    num_blocks: int
+    block_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotKV:
+    """KV cache as whole-sequence slots of `max_tokens` tokens."""
+
+    num_slots: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WarmUp:
+    """What warming up did: names of what was compiled or captured, seconds, and memory seen afterwards."""
+
+    compiled: tuple[str, ...]
+    seconds: float
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutorInfo:
+    """What was chosen at load time; shown by `mxn status` and stamped on every benchmark row.
+
+    notes: one sentence for every choice or fallback a person may want to know of.
+    """
+
+    attention: str
+    quantisation: str
+    device: str
+    threads: int | None
+    weight_bytes: int
+    kv_bytes: int
+    max_context: int
+    vocab_size: int
+    notes: tuple[str, ...] = ()
+
+
+class Executor(ABC):
+    """A model loaded on chips. One thread calls it; sequences are told apart only by their KV placement."""
+
+    kv: PagedKV | SlotKV
+    info: ExecutorInfo
+
+    @abstractmethod
+    def warm_up(self) -> WarmUp:
+        """Compiles, captures and touches what requests will need, so that the first request is as fast as later ones."""
+
+    @abstractmethod
+    def execute(self, batch: StepBatch) -> StepResult:
+        """Computes every token of the batch and draws the next one where asked.
+
+        A sequence that cannot go on (NaN in its logits, say) is named in `StepResult.failed`; the others are unharmed.
+        Raises: OutOfMemoryError when the step did not fit and nothing was changed; ChipError when the chip is lost.
+        """
+
+    @abstractmethod
+    def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copies KV blocks (source id, destination id) in order, over all layers."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives memory back. Safe to call twice."""
+
+
+LoadProgress = Callable[[str, float], None]
+"""Called with (phase, fraction done in 0..1) while loading; phases are "weights", "quantise", "kernels", "self-test"."""
+
+
+class Backend(ABC):
+    """One way of running models on some chips. Found through the entry point group `mxn.backends`."""
+
+    name: ClassVar[str]
+    api_version: ClassVar[int] = API_VERSION
+
+    @abstractmethod
+    def probe(self) -> Probe:
+        """Says whether this backend works here. Under two seconds, without torch; never raises for absence."""
+
+    @abstractmethod
+    def chips(self) -> Sequence[Chip]:
+        """The chips it reaches on this host. Empty unless `probe` says active."""
+
+    @abstractmethod
+    def supports(self, model: ModelSpec, chip: Chip) -> Support:
+        """Whether the chip can run the model, with reasons; a pure function of its arguments."""
+
+    @abstractmethod
+    def estimate(self, model: ModelSpec, settings: LoadSettings, chip: Chip) -> MemoryEstimate:
+        """Memory the model will take when loaded so; every part says where its figure comes from."""
+
+    @abstractmethod
+    def power(self, chip: Chip) -> PowerReader:
+        """The best power reader for the chip; a `NullReader` with the reason where there is none."""
+
+    @abstractmethod
+    def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
+        """Loads the model. Runs in the replica's process.
+
+        Raises: UnsupportedModelError with the reason; OutOfMemoryError; ModelError for damaged files.
+        """

@@ -1,0 +1,1 @@
+"""Values that all layers share. No torch, no input or output."""

@@ -1,0 +1,80 @@
+"""What a model is, and how a deployment wants it loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+QuantisationName = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """Architecture facts that memory planning and checks need; all counts, no tensors.
+
+    architecture: transformers' `model_type` ("llama", "qwen3_moe", ...).
+    layer_windows: per layer, tokens a query sees including itself, or None for full attention.
+    num_active_parameters: parameters that one token uses (less than `num_parameters` for mixture of experts).
+    """
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    max_context: int
+    num_parameters: int | None
+    num_active_parameters: int | None = None
+    layer_windows: tuple[int | None, ...] = ()
+
+    def kv_bytes_per_token(self, bytes_per_element: float) -> float:
+        """Bytes that one token occupies in the KV cache over all layers."""
+        return self.num_layers * self.num_kv_heads * (self.key_dim + self.value_dim) * bytes_per_element
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A model whose files are on this disk, ready to be loaded.
+
+    name: the name clients ask for.
+    folder: local folder in Hugging Face layout (config.json, tokenizer.json, *.safetensors).
+    revision: content hash of the weights; part of the prefix cache's root.
+    """
+
+    name: str
+    folder: str
+    revision: str
+    spec: ModelSpec
+    licence: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadSettings:
+    """How a replica loads a model and runs it.
+
+    quantisation: "auto" lets the backend choose; what it chose is in `ReplicaInfo`.
+    context_length: longest prompt + output a sequence may have; None means the model's own limit.
+    kv_bytes: memory for the KV cache; None means "auto", a figure the backend computes and prints.
+    max_num_seqs: sequences in one step at most. max_step_tokens: tokens computed in one step at most.
+    threads: compute threads on a CPU; None lets the backend measure or decide.
+    attention: name of an attention backend, or "auto".
+    """
+
+    quantisation: QuantisationName = "auto"
+    context_length: int | None = None
+    kv_bytes: int | None = None
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_step_tokens: int = 512
+    prefix_cache: bool = True
+    threads: int | None = None
+    attention: str = "auto"
+    options: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low in (("block_size", 1), ("max_num_seqs", 1), ("max_step_tokens", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")

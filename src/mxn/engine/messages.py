@@ -1,0 +1,120 @@
+"""What a gateway and a replica process say to each other, as msgpack frames. No pickle; unknown tags are refused."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from mxn.core.chip import Chip
+from mxn.core.model import LoadSettings, Model
+from mxn.core.request import SequenceOutput, SequenceRequest
+
+# ---------------------------------------------------------------- gateway -> replica
+
+
+class Load(msgspec.Struct, tag=True, kw_only=True):
+    """First message: what to load, through which backend, on which chips."""
+
+    backend: str
+    model: Model
+    settings: LoadSettings
+    chips: list[Chip]
+    max_waiting: int
+
+
+class Start(msgspec.Struct, tag=True):
+    """Begin a sequence."""
+
+    request: SequenceRequest
+
+
+class Abort(msgspec.Struct, tag=True):
+    """End sequences now; each answers with an output whose finish reason is abort, unless it had already ended."""
+
+    seq_ids: list[int]
+
+
+class ResetPrefixCache(msgspec.Struct, tag=True):
+    """Forget all cached prefixes that no running sequence holds."""
+
+
+class Stop(msgspec.Struct, tag=True):
+    """Finish what runs, then exit 0."""
+
+
+# ---------------------------------------------------------------- replica -> gateway
+
+
+class LoadPhase(msgspec.Struct, tag=True):
+    """Progress of loading: `fraction` of `phase` is done."""
+
+    phase: str
+    fraction: float
+
+
+class EngineStats(msgspec.Struct, kw_only=True):
+    """Gauges and counters of one engine after a step. Counters only grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_total_blocks: int = 0
+    num_steps: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_finished: int = 0
+    num_aborted: int = 0
+    num_failed: int = 0
+    step_s: float = 0.0
+    busy_s: float = 0.0
+
+
+class ReplicaInfo(msgspec.Struct, kw_only=True):
+    """What a replica runs and how, as decided at load time."""
+
+    pid: int
+    backend: str
+    attention: str
+    quantisation: str
+    device: str
+    threads: int | None
+    weight_bytes: int
+    kv_bytes: int
+    num_blocks: int
+    block_size: int
+    max_context: int
+    vocab_size: int
+    notes: list[str]
+    load_s: dict[str, float]
+
+
+class Ready(msgspec.Struct, tag=True):
+    """Loading is done; sequences may start."""
+
+    info: ReplicaInfo
+
+
+class LoadFailed(msgspec.Struct, tag=True):
+    """Loading ended in an error fit for a person; `kind` is the exception's class name."""
+
+    kind: str
+    message: str
+
+
+class StepDone(msgspec.Struct, tag=True):
+    """All outputs of one step in one message."""
+
+    outputs: list[SequenceOutput]
+    stats: EngineStats
+
+
+ToReplica = Load | Start | Abort | ResetPrefixCache | Stop
+ToGateway = LoadPhase | Ready | LoadFailed | StepDone
+ReplicaState = Literal["starting", "loading", "ready", "draining", "failed", "stopped"]
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+"""A frame is a 4-byte little-endian length and that many bytes of msgpack; longer ones end the connection."""
