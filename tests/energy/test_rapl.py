@@ -46,10 +46,8 @@ class Moving:
 
 
 def test_packages_and_dram_are_summed_and_parts_of_a_package_left_out(tmp_path: Path) -> None:
-    files = [
-        zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000),
-        zone(tmp_path, "intel-rapl:0:0", "dram", 7_000_000),
-    ]
+    package = zone(tmp_path, "intel-rapl:0", "package-0", 5_000_000)
+    dram = zone(tmp_path, "intel-rapl:0:0", "dram", 7_000_000)
     zone(tmp_path, "intel-rapl:0:1", "core", 1)
     zone(tmp_path, "intel-rapl:1", "psys", 1)
     zone(tmp_path, "intel-rapl-mmio:0", "package-0", 1)

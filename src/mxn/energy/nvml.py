@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,7 @@ def nvml_reader(uuid: str, *, nvml: Any = None, settle_s: float = 0.5) -> PowerR
     """
     if nvml is None:
         try:
-            import pynvml as nvml
+            nvml = importlib.import_module("pynvml")
         except ImportError:
             return NullReader("NVML needs the Python package nvidia-ml-py: pip install 'mxn[cuda]'")
     try:
