@@ -106,7 +106,7 @@ class Executor(ABC):
 
     @abstractmethod
     def warm_up(self) -> WarmUp:
-        """Compiles, captures and touches what requests will need, so that the first request is as fast as later ones."""
+        """Compiles, captures and touches what requests will need, so the first request is as fast as later ones."""
 
     @abstractmethod
     def execute(self, batch: StepBatch) -> StepResult:
@@ -126,7 +126,7 @@ class Executor(ABC):
 
 
 LoadProgress = Callable[[str, float], None]
-"""Called with (phase, fraction done in 0..1) while loading; phases are "weights", "quantise", "kernels", "self-test"."""
+"""Called with (phase, fraction in 0..1) while loading; phases: "self-test", "weights", "quantise", "kernels"."""
 
 
 class Backend(ABC):

@@ -1,0 +1,201 @@
+"""A backend without hardware: real block bookkeeping, scripted speed, memory, power and faults.
+
+Its "KV cache" stores the token ids themselves and the next token is a hash of all ids read back through the block
+table. A block that is handed out twice, freed too early or wrongly shared therefore changes the output, so tests of
+the engine above it can fail.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from mxn.backends.base import (
+    Backend,
+    Executor,
+    ExecutorInfo,
+    LoadProgress,
+    MemoryEstimate,
+    PagedKV,
+    Probe,
+    Support,
+    WarmUp,
+)
+from mxn.core.batch import SampledToken, SequenceStep, StepBatch, StepResult
+from mxn.core.chip import Chip
+from mxn.core.model import LoadSettings, Model, ModelSpec
+from mxn.core.quantity import Provenance, Quantity
+from mxn.core.request import TokenLogprob
+from mxn.energy.reader import NullReader, PowerReader
+from mxn.errors import ChipError, ModelError, OutOfMemoryError
+
+_BYTES_PER_TOKEN = 4
+
+
+class FakeOptions:
+    """What a fake executor does, from `LoadSettings.options`; unknown keys are refused.
+
+    step_ms, token_us: time of a step, plus time per token computed. load_ms: time to load.
+    script: comma-separated token ids to answer with, repeated; without it the hash decides.
+    raise_on, nan_on, oom_on: a token id that makes the step raise, fails its sequence, or does not fit.
+    die_after, hang_after, lose_chip_after: after so many steps the process ends, sleeps for ever, or loses its chip.
+    fail_load: text of an error to raise while loading.
+    """
+
+    def __init__(self, options: tuple[tuple[str, str], ...]) -> None:
+        values = dict(options)
+        self.step_s = float(values.pop("step_ms", 0)) / 1e3
+        self.token_s = float(values.pop("token_us", 0)) / 1e6
+        self.load_s = float(values.pop("load_ms", 0)) / 1e3
+        self.script = [int(t) for t in values.pop("script", "").split(",") if t]
+        self.raise_on = int(values.pop("raise_on", -1))
+        self.nan_on = int(values.pop("nan_on", -1))
+        self.oom_on = int(values.pop("oom_on", -1))
+        self.die_after = int(values.pop("die_after", 0))
+        self.hang_after = int(values.pop("hang_after", 0))
+        self.lose_chip_after = int(values.pop("lose_chip_after", 0))
+        self.fail_load = values.pop("fail_load", "")
+        if values:
+            raise ModelError(f"the fake backend does not know the options {', '.join(sorted(values))}")
+
+
+class FakeExecutor(Executor):
+    """Hashes token ids instead of running a model; see the module's first lines."""
+
+    def __init__(self, *, num_blocks: int, block_size: int, vocab_size: int, max_context: int, options: FakeOptions):
+        self.kv: PagedKV = PagedKV(num_blocks=num_blocks, block_size=block_size)
+        self.info = ExecutorInfo(
+            attention="none",
+            quantisation="none",
+            device="fake",
+            threads=None,
+            weight_bytes=0,
+            kv_bytes=num_blocks * block_size * _BYTES_PER_TOKEN,
+            max_context=max_context,
+            vocab_size=vocab_size,
+            notes=("simulated chip: tokens, timing and power are scripted",),
+        )
+        self._options = options
+        self._cache = np.full(num_blocks * block_size, -1, dtype=np.int32)
+        self._num_steps = 0
+
+    def warm_up(self) -> WarmUp:
+        return WarmUp(compiled=(), seconds=0.0, memory_bytes=self.info.kv_bytes)
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        options = self._options
+        self._num_steps += 1
+        self._misbehave(batch)
+        tokens, failed = [], []
+        for step in batch.sequences:
+            context = self._write(step)
+            if options.nan_on in step.token_ids:
+                failed.append((step.seq_id, "the model's output is not a number"))
+            elif step.is_sampled:
+                tokens.append(self._draw(step, context))
+        if options.step_s or options.token_s:
+            time.sleep(options.step_s + options.token_s * batch.num_tokens)
+        return StepResult(tokens=tuple(tokens), failed=tuple(failed))
+
+    def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None:
+        blocks = self._cache.reshape(self.kv.num_blocks, self.kv.block_size)
+        for source, destination in moves:
+            blocks[destination] = blocks[source]
+
+    def close(self) -> None:
+        self._cache = np.empty(0, dtype=np.int32)
+
+    def _write(self, step: SequenceStep) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """Stores the new ids and returns slots of the whole context in order."""
+        size = self.kv.block_size
+        end = step.start + len(step.token_ids)
+        blocks = np.asarray(step.block_ids, dtype=np.int64)
+        if len(blocks) * size < end:
+            raise ValueError(f"block table covers {len(blocks) * size} tokens, the step needs {end}")
+        slots = (blocks[:, None] * size + np.arange(size)).reshape(-1)[:end]
+        self._cache[slots[step.start :]] = step.token_ids
+        return slots
+
+    def _draw(self, step: SequenceStep, slots: np.ndarray[tuple[int], np.dtype[np.int32]]) -> SampledToken:
+        sampling = step.sampling
+        if self._options.script:
+            token_id = self._options.script[step.num_output_tokens % len(self._options.script)]
+        else:
+            salt = 0 if sampling.is_greedy else step.seed * 1_000_003 + step.num_output_tokens
+            token_id = fake_next_token(self._cache[slots], salt, self.info.vocab_size)
+        logprob = None
+        if sampling.num_logprobs is not None:
+            top = tuple(((token_id + i) % self.info.vocab_size, -float(i) - 0.5) for i in range(sampling.num_logprobs))
+            logprob = TokenLogprob(token_id=token_id, logprob=-0.5, top=top)
+        return SampledToken(seq_id=step.seq_id, token_id=token_id, logprob=logprob)
+
+    def _misbehave(self, batch: StepBatch) -> None:
+        options = self._options
+        if options.die_after and self._num_steps > options.die_after:
+            import os
+
+            os._exit(17)
+        if options.hang_after and self._num_steps > options.hang_after:
+            time.sleep(3600)
+        if options.lose_chip_after and self._num_steps > options.lose_chip_after:
+            raise ChipError("chip fake-0 is lost: it stopped answering")
+        for step in batch.sequences:
+            if options.raise_on in step.token_ids:
+                raise RuntimeError(f"the fake chip cannot compute token {options.raise_on}")
+            if options.oom_on in step.token_ids:
+                raise OutOfMemoryError("the step needs 2 GiB; the fake chip has 1 GiB free")
+
+
+def fake_next_token(context: np.ndarray[tuple[int], np.dtype[np.int32]], salt: int, vocab_size: int) -> int:
+    """The token a correct engine must draw after `context` (all ids so far)."""
+    return zlib.crc32(context.tobytes(), salt & 0xFFFFFFFF) % vocab_size
+
+
+class FakeBackend(Backend):
+    """Always there, never quick by accident: for tests, demos of the control plane and gateway benchmarks."""
+
+    name = "fake"
+
+    def probe(self) -> Probe:
+        return Probe(state="active", reason="simulated chips for tests; every figure it yields is marked simulated")
+
+    def chips(self) -> Sequence[Chip]:
+        return [Chip(uid="fake-0", kind=None, name="Simulated chip", vendor="mxn", memory_bytes=1 << 30, cores=1)]
+
+    def supports(self, model: ModelSpec, chip: Chip) -> Support:
+        return Support(verdict="yes", reasons=("a simulated chip runs anything",), max_context=model.max_context)
+
+    def estimate(self, model: ModelSpec, settings: LoadSettings, chip: Chip) -> MemoryEstimate:
+        zero = Quantity(value=0.0, unit="bytes", provenance=Provenance.SIMULATED, source="fake backend")
+        kv = Quantity(
+            value=float(self._num_blocks(model, settings) * settings.block_size * _BYTES_PER_TOKEN),
+            unit="bytes",
+            provenance=Provenance.SIMULATED,
+            source="4 bytes per token",
+        )
+        return MemoryEstimate(weights=zero, kv_cache=kv, activations=zero, overhead=zero)
+
+    def power(self, chip: Chip) -> PowerReader:
+        return NullReader("a simulated chip draws no power")
+
+    def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
+        options = FakeOptions(settings.options)
+        for i in range(1, 5):
+            time.sleep(options.load_s / 4)
+            progress("weights", i / 4)
+        if options.fail_load:
+            raise ModelError(options.fail_load)
+        return FakeExecutor(
+            num_blocks=self._num_blocks(model.spec, settings),
+            block_size=settings.block_size,
+            vocab_size=model.spec.vocab_size,
+            max_context=min(settings.context_length or model.spec.max_context, model.spec.max_context),
+            options=options,
+        )
+
+    def _num_blocks(self, model: ModelSpec, settings: LoadSettings) -> int:
+        budget = settings.kv_bytes if settings.kv_bytes is not None else 1 << 20
+        return max(1, budget // (_BYTES_PER_TOKEN * settings.block_size))

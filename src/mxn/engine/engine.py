@@ -1,0 +1,260 @@
+"""The engine: schedule, execute, postprocess, once per step. Drives any paged executor; one thread calls it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mxn.backends.base import Executor, PagedKV
+from mxn.core.batch import SequenceStep, StepBatch, StepResult
+from mxn.core.clock import Clock, SystemClock
+from mxn.core.request import FinishReason, SequenceOutput, SequenceRequest, TokenLogprob
+from mxn.engine.block_pool import BlockPool
+from mxn.engine.messages import EngineStats
+from mxn.engine.prefix_cache import PrefixCache
+from mxn.engine.scheduler import Scheduled, SchedulerLimits, StepScheduler
+from mxn.engine.sequence import Sequence, SequenceStatus
+from mxn.errors import BackendError, ChipError, OutOfMemoryError, RequestError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """How an engine schedules. `fingerprint` goes into the prefix cache's root (see `PrefixCache`)."""
+
+    max_num_seqs: int = 64
+    max_step_tokens: int = 512
+    prefix_cache: bool = True
+    fingerprint: str = ""
+
+
+class Engine:
+    """Turns sequence requests into tokens with one executor.
+
+    add, abort and step are called from one thread. Every sequence ends with exactly one output that carries a finish
+    reason: tokens, an error or an abort; none vanishes.
+    """
+
+    def __init__(self, executor: Executor, settings: EngineSettings, clock: Clock | None = None) -> None:
+        if not isinstance(executor.kv, PagedKV):
+            raise BackendError(f"the engine drives paged executors; this one has {type(executor.kv).__name__}")
+        self.executor = executor
+        self.stats = EngineStats(num_total_blocks=executor.kv.num_blocks, num_free_blocks=executor.kv.num_blocks)
+        self.max_context = min(executor.info.max_context, executor.kv.num_blocks * executor.kv.block_size)
+        self._vocab_size = executor.info.vocab_size
+        self._clock = clock or SystemClock()
+        self._pool = BlockPool(executor.kv.num_blocks)
+        self._cache = PrefixCache(
+            self._pool, executor.kv.block_size, settings.fingerprint, enabled=settings.prefix_cache
+        )
+        limits = SchedulerLimits(max_num_seqs=settings.max_num_seqs, max_step_tokens=settings.max_step_tokens)
+        self._scheduler = StepScheduler(self._pool, self._cache, executor.kv.block_size, limits)
+        self._sequences: dict[int, Sequence] = {}
+        self._num_arrived = 0
+
+    @property
+    def has_work(self) -> bool:
+        """True while any sequence is not finished."""
+        return bool(self._sequences)
+
+    def add(self, request: SequenceRequest) -> None:
+        """Puts a sequence in line.
+
+        Raises: RequestError when the sequence could never run. The front door has checked already; this is the
+        replica's own boundary, so that no message can end it.
+        """
+        self._check(request)
+        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
+        root = self._cache.root(request.cache_salt)
+        sequence = Sequence(request, arrival=self._num_arrived, seed=seed, root=root)
+        self._num_arrived += 1
+        self._sequences[request.seq_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, seq_ids: Iterable[int]) -> list[SequenceOutput]:
+        """Ends sequences now and gives their blocks back; unknown or finished ids are ignored."""
+        outputs = []
+        for seq_id in seq_ids:
+            sequence = self._sequences.get(seq_id)
+            if sequence is not None:
+                self.stats.num_aborted += 1
+                self._finish(sequence, FinishReason.ABORT)
+                outputs.append(SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.ABORT))
+        self._refresh_gauges()
+        return outputs
+
+    def step(self) -> list[SequenceOutput]:
+        """Runs one step and returns what it added to each sequence.
+
+        Raises: ChipError when the chip is lost; every other failure ends at most the sequences that cause it.
+        """
+        plan = self._scheduler.schedule()
+        if not plan:
+            self._refresh_gauges()
+            return []
+        self.stats.num_steps += 1
+        start_s = self._clock.now_s()
+        batch = StepBatch(step_id=self.stats.num_steps, sequences=tuple(self._describe(p) for p in plan))
+        plan, result = self._execute(plan, batch)
+        outputs = self._postprocess(plan, result)
+        self.stats.step_s = self._clock.now_s() - start_s
+        self.stats.busy_s += self.stats.step_s
+        self._refresh_gauges()
+        return outputs
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes that no running sequence holds."""
+        self._cache.clear()
+
+    def check_integrity(self) -> None:
+        """Compares the block pool's books with the living sequences. Raises: AssertionError at the first difference."""
+        self._pool.check_integrity(s.block_ids for s in self._sequences.values())
+
+    # ------------------------------------------------------------------ before a step
+
+    def _check(self, request: SequenceRequest) -> None:
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        if request.seq_id in self._sequences:
+            raise RequestError(f"sequence {request.seq_id} exists already")
+        if not prompt:
+            raise RequestError("the prompt has no tokens; expected at least 1", param="prompt")
+        if len(prompt) >= self.max_context:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; with at least one token of output the limit is "
+                f"{self.max_context - 1}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise RequestError(f"prompt token ids must be in 0..{self._vocab_size - 1}", param="prompt")
+        if sampling.max_tokens < 1:
+            raise RequestError(f"max_tokens must be at least 1, got {sampling.max_tokens}", param="max_tokens")
+        if any(not 0 <= token_id < self._vocab_size for token_id, _ in sampling.logit_bias):
+            raise RequestError(f"logit_bias token ids must be in 0..{self._vocab_size - 1}", param="logit_bias")
+        if any(not 0 <= token_id < self._vocab_size for token_id in sampling.stop_token_ids):
+            raise RequestError(f"stop_token_ids must be in 0..{self._vocab_size - 1}", param="stop_token_ids")
+
+    def _describe(self, scheduled: Scheduled) -> SequenceStep:
+        sequence = scheduled.sequence
+        start, end = sequence.num_computed_tokens, sequence.num_computed_tokens + scheduled.num_tokens
+        sampling = sequence.request.sampling
+        return SequenceStep(
+            seq_id=sequence.seq_id,
+            token_ids=sequence.token_ids[start:end],
+            start=start,
+            block_ids=sequence.block_ids,
+            is_sampled=end == len(sequence.token_ids),
+            sampling=sampling,
+            seed=sequence.seed,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_output_tokens=sequence.num_output_tokens,
+            history=sequence.token_ids if sampling.needs_history else (),
+        )
+
+    # ------------------------------------------------------------------ the step itself
+
+    def _execute(self, plan: list[Scheduled], batch: StepBatch) -> tuple[list[Scheduled], StepResult]:
+        """Executes the batch; when that fails, finds out what can still be done without harming the innocent."""
+        try:
+            return plan, self.executor.execute(batch)
+        except ChipError:
+            raise
+        except OutOfMemoryError as error:
+            victim = self._scheduler.preempt_last()
+            if victim is None:
+                return plan, StepResult(tokens=(), failed=((plan[0].sequence.seq_id, str(error)),))
+            log.warning("step %d did not fit (%s); %d sequences go on", batch.step_id, error, len(plan) - 1)
+            rest = [p for p in plan if p.sequence.status is SequenceStatus.RUNNING]
+            if not rest:
+                return [], StepResult(tokens=())
+            return self._execute(rest, StepBatch(step_id=batch.step_id, sequences=tuple(map(self._describe, rest))))
+        except Exception as error:
+            log.exception("step %d failed; trying its %d sequences one by one", batch.step_id, len(plan))
+            if len(plan) == 1:
+                return plan, StepResult(tokens=(), failed=((plan[0].sequence.seq_id, _describe_error(error)),))
+            return plan, self._execute_one_by_one(plan, batch)
+
+    def _execute_one_by_one(self, plan: list[Scheduled], batch: StepBatch) -> StepResult:
+        """Runs each sequence of a failed batch alone: KV writes repeat harmlessly, and only the guilty fail."""
+        results = []
+        for _, step in zip(plan, batch.sequences, strict=True):
+            try:
+                results.append(self.executor.execute(StepBatch(step_id=batch.step_id, sequences=(step,))))
+            except ChipError:
+                raise
+            except Exception as error:
+                results.append(StepResult(tokens=(), failed=((step.seq_id, _describe_error(error)),)))
+        return StepResult(
+            tokens=tuple(t for r in results for t in r.tokens),
+            prompt_logprobs=tuple(p for r in results for p in r.prompt_logprobs),
+            failed=tuple(f for r in results for f in r.failed),
+        )
+
+    # ------------------------------------------------------------------ after a step
+
+    def _postprocess(self, plan: list[Scheduled], result: StepResult) -> list[SequenceOutput]:
+        failed = dict(result.failed)
+        sampled = {token.seq_id: token for token in result.tokens}
+        prompt_logprobs = dict(result.prompt_logprobs)
+        outputs: list[SequenceOutput] = []
+        for scheduled in plan:
+            sequence = scheduled.sequence
+            seq_id = sequence.seq_id
+            is_first = sequence.num_output_tokens == 0
+            expects_token = scheduled.num_tokens == sequence.num_remaining_tokens
+            token = sampled.get(seq_id)
+            if seq_id not in failed and expects_token and token is None:
+                failed[seq_id] = "the backend returned no token for this sequence"
+            if seq_id in failed:
+                self.stats.num_failed += 1
+                self._finish(sequence, FinishReason.ERROR)
+                outputs.append(SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.ERROR, error=failed[seq_id]))
+                continue
+            self._scheduler.commit(scheduled)
+            self.stats.num_computed_tokens += scheduled.num_tokens
+            self._collect_prompt_logprobs(sequence, prompt_logprobs.get(seq_id, ()))
+            if token is None or not expects_token:
+                continue
+            sequence.token_ids.append(token.token_id)
+            self.stats.num_output_tokens += 1
+            if is_first:
+                self.stats.num_prompt_tokens += sequence.num_prompt_tokens
+                self.stats.num_cached_tokens += sequence.num_cached_tokens
+            reason = sequence.finish_after(token.token_id, self.max_context)
+            wants_prompt = is_first and sequence.request.sampling.num_prompt_logprobs is not None
+            outputs.append(
+                SequenceOutput(
+                    seq_id=seq_id,
+                    token_ids=[token.token_id],
+                    logprobs=[] if token.logprob is None else [token.logprob],
+                    prompt_logprobs=sequence.prompt_logprobs if wants_prompt else None,
+                    num_cached_tokens=sequence.num_cached_tokens,
+                    finish_reason=reason,
+                )
+            )
+            if reason is not None:
+                self.stats.num_finished += 1
+                self._finish(sequence, reason)
+        return outputs
+
+    def _collect_prompt_logprobs(self, sequence: Sequence, entries: tuple[TokenLogprob, ...]) -> None:
+        if len(sequence.prompt_logprobs) + len(entries) <= sequence.num_prompt_tokens:
+            sequence.prompt_logprobs.extend(entries)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        self._scheduler.remove(sequence)
+        del self._sequences[sequence.seq_id]
+
+    def _refresh_gauges(self) -> None:
+        self.stats.num_running = len(self._scheduler.running)
+        self.stats.num_waiting = len(self._scheduler.waiting)
+        self.stats.num_free_blocks = self._pool.num_free
+        self.stats.num_preemptions = self._scheduler.num_preemptions
+
+
+def _describe_error(error: Exception) -> str:
+    return f"the backend failed on this sequence: {type(error).__name__}"

@@ -1,0 +1,197 @@
+"""The replica process: loads one model through one backend and runs its engine until told to stop.
+
+Started as `python -m mxn.engine.worker FD`, where FD is its end of a socket pair, so nothing listens anywhere and the
+process ends when the gateway does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections import deque
+
+from mxn.backends.base import Executor
+from mxn.backends.registry import load_backend
+from mxn.core.request import FinishReason, SequenceOutput
+from mxn.engine.channel import ChannelError, ReplicaChannel
+from mxn.engine.engine import Engine, EngineSettings
+from mxn.engine.messages import (
+    Abort,
+    Load,
+    LoadFailed,
+    LoadPhase,
+    Ready,
+    ReplicaInfo,
+    ResetPrefixCache,
+    Start,
+    StepDone,
+    Stop,
+    ToReplica,
+)
+from mxn.errors import ChipError, MxnError, RequestError
+
+log = logging.getLogger("mxn.worker")
+
+EXIT_CHIP_LOST = 3
+EXIT_LOAD_FAILED = 4
+
+
+class Inbox:
+    """Messages from the gateway, filled by a reader thread. None means that the gateway is gone."""
+
+    def __init__(self, channel: ReplicaChannel) -> None:
+        self._messages: deque[ToReplica | None] = deque()
+        self._arrived = threading.Event()
+        self._channel = channel
+        threading.Thread(target=self._read, name="inbox", daemon=True).start()
+
+    def take(self, *, wait: bool) -> list[ToReplica | None]:
+        """All messages so far; blocks for the first one when `wait`."""
+        if wait:
+            self._arrived.wait()
+        self._arrived.clear()
+        taken = []
+        while self._messages:
+            taken.append(self._messages.popleft())
+        return taken
+
+    def _read(self) -> None:
+        message: ToReplica | None = None
+        while True:
+            try:
+                message = self._channel.receive()
+            except (ChannelError, OSError) as error:
+                log.error("connection to the gateway lost: %s", error)
+                message = None
+            self._messages.append(message)
+            self._arrived.set()
+            if message is None:
+                return
+
+
+def run(channel: ReplicaChannel) -> int:
+    """Serves one replica; returns the exit code."""
+    inbox = Inbox(channel)
+    first = inbox.take(wait=True)
+    if not first or not isinstance(first[0], Load):
+        return 0  # the gateway left before it said what to load
+    try:
+        engine, info = _load(first[0], channel)
+    except MxnError as error:
+        channel.send(LoadFailed(type(error).__name__, str(error)))
+        return EXIT_LOAD_FAILED
+    except Exception as error:
+        log.exception("loading failed")
+        channel.send(LoadFailed(type(error).__name__, f"loading failed: {type(error).__name__}: {error}"))
+        return EXIT_LOAD_FAILED
+    channel.send(Ready(info))
+    try:
+        return _serve(engine, inbox, channel, first[1:])
+    except ChipError as error:
+        log.critical("chip lost: %s", error)
+        return EXIT_CHIP_LOST
+    except OSError as error:
+        log.error("connection to the gateway lost: %s", error)
+        return 0
+    finally:
+        engine.executor.close()
+
+
+def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine, ReplicaInfo]:
+    seconds: dict[str, float] = {}
+    last = time.monotonic()
+
+    def progress(phase: str, fraction: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        seconds[phase] = seconds.get(phase, 0.0) + now - last
+        last = now
+        channel.send(LoadPhase(phase, fraction))
+
+    progress("start", 1.0)
+    settings = message.settings
+    backend = load_backend(message.backend)
+    executor = backend.load(message.model, settings, message.chips, progress)
+    progress("load", 1.0)
+    warm_up = executor.warm_up()
+    progress("warm-up", 1.0)
+    log.info("warmed up in %.2f s: %s", warm_up.seconds, ", ".join(warm_up.compiled) or "nothing to compile")
+    info = executor.info
+    engine = Engine(
+        executor,
+        EngineSettings(
+            max_num_seqs=settings.max_num_seqs,
+            max_step_tokens=settings.max_step_tokens,
+            prefix_cache=settings.prefix_cache,
+            fingerprint=f"{message.model.revision}/{message.backend}/{info.quantisation}/{info.attention}",
+        ),
+    )
+    return engine, _describe(message, executor, engine, seconds)
+
+
+def _describe(message: Load, executor: Executor, engine: Engine, load_s: dict[str, float]) -> ReplicaInfo:
+    info = executor.info
+    return ReplicaInfo(
+        pid=os.getpid(),
+        backend=message.backend,
+        attention=info.attention,
+        quantisation=info.quantisation,
+        device=info.device,
+        threads=info.threads,
+        weight_bytes=info.weight_bytes,
+        kv_bytes=info.kv_bytes,
+        num_blocks=engine.stats.num_total_blocks,
+        block_size=message.settings.block_size,
+        max_context=engine.max_context,
+        vocab_size=info.vocab_size,
+        notes=list(info.notes),
+        load_s={phase: round(s, 4) for phase, s in load_s.items()},
+    )
+
+
+def _serve(engine: Engine, inbox: Inbox, channel: ReplicaChannel, pending: list[ToReplica | None]) -> int:
+    is_stopping = False
+    while True:
+        outputs: list[SequenceOutput] = []
+        for message in [*pending, *inbox.take(wait=not engine.has_work and not is_stopping and not pending)]:
+            if message is None:
+                return 0
+            if isinstance(message, Stop):
+                is_stopping = True
+            else:
+                outputs += _handle(engine, message)
+        pending = []
+        outputs += engine.step()
+        if outputs or not engine.has_work:
+            channel.send(StepDone(outputs, engine.stats))
+        if is_stopping and not engine.has_work:
+            return 0
+
+
+def _handle(engine: Engine, message: ToReplica) -> list[SequenceOutput]:
+    if isinstance(message, Start):
+        try:
+            engine.add(message.request)
+        except RequestError as error:
+            seq_id = message.request.seq_id
+            return [SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.ERROR, error=str(error))]
+    elif isinstance(message, Abort):
+        return engine.abort(message.seq_ids)
+    elif isinstance(message, ResetPrefixCache):
+        engine.reset_prefix_cache()
+    return []
+
+
+def main() -> None:
+    """Entry point of the replica process."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    sys.exit(run(ReplicaChannel(connection)))
+
+
+if __name__ == "__main__":
+    main()
