@@ -11,8 +11,8 @@ from mxn.engine.messages import MAX_FRAME_BYTES, ToGateway, ToReplica
 from mxn.errors import MxnError
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode_to_gateway = msgspec.msgpack.Decoder(ToGateway).decode
-_decode_to_replica = msgspec.msgpack.Decoder(ToReplica).decode
+_to_gateway: msgspec.msgpack.Decoder[ToGateway] = msgspec.msgpack.Decoder(ToGateway)
+_to_replica: msgspec.msgpack.Decoder[ToReplica] = msgspec.msgpack.Decoder(ToReplica)
 
 
 class ChannelError(MxnError):
@@ -48,7 +48,7 @@ class ReplicaChannel:
         if len(body) < size:
             return None
         try:
-            return _decode_to_replica(body)
+            return _to_replica.decode(body)
         except msgspec.MsgspecError as error:
             raise ChannelError(f"unreadable message from the gateway: {error}") from error
 
@@ -60,7 +60,7 @@ async def receive_from_replica(reader: asyncio.StreamReader) -> ToGateway | None
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
     try:
-        return _decode_to_gateway(body)
+        return _to_gateway.decode(body)
     except msgspec.MsgspecError as error:
         raise ChannelError(f"unreadable message from the replica: {error}") from error
 

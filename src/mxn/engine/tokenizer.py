@@ -34,12 +34,16 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
+        self._plain = backend  # encodes control tokens as the plain text they are spelled with
         self._added = backend.get_added_tokens_decoder()
         self.eos_token_ids = tuple(eos_token_ids)
         self.bos_token_id = bos_token_id
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         self.special_token_ids = frozenset(i for i, token in self._added.items() if token.special)
+        if self.special_token_ids:
+            self._plain = tokenizers.Tokenizer.from_str(backend.to_str())
+            self._plain.encode_special_tokens = True
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -74,13 +78,8 @@ class Tokenizer:
 
         allow_special: when False, text that spells a control token is encoded as the plain characters it consists of.
         """
-        if allow_special or not any(self._added[i].content in text for i in self.special_token_ids):
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        self._backend.encode_special_tokens = True
-        try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
-        finally:
-            self._backend.encode_special_tokens = False
+        backend = self._backend if allow_special else self._plain
+        return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids outside the vocabulary decode to nothing."""

@@ -1,0 +1,50 @@
+"""All deployments of one gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from mxn.engine.tokenizer import Tokenizer
+from mxn.errors import ConfigError
+from mxn.fleet.deployment import Deployment, DeploymentSpec
+
+
+class Fleet:
+    """Starts, finds and stops deployments."""
+
+    def __init__(self, specs: Sequence[DeploymentSpec]) -> None:
+        names = [spec.name for spec in specs]
+        if len(set(names)) != len(names):
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            raise ConfigError(f"deployment names must differ; given more than once: {', '.join(doubled)}")
+        self._deployments = {spec.name: Deployment(spec, Tokenizer.load(spec.model.folder)) for spec in specs}
+
+    @property
+    def deployments(self) -> list[Deployment]:
+        """In the order given."""
+        return list(self._deployments.values())
+
+    def get(self, name: str) -> Deployment | None:
+        """The deployment that serves this model name, or None."""
+        return self._deployments.get(name)
+
+    async def start(self) -> None:
+        """Starts all deployments, those that share a chip one after another. Returns when each is ready or failed."""
+        by_chip: dict[tuple[str, ...], list[Deployment]] = {}
+        for deployment in self.deployments:
+            by_chip.setdefault(tuple(sorted(chip.uid for chip in deployment.chips)), []).append(deployment)
+        await asyncio.gather(*(self._start_in_order(group) for group in by_chip.values()))
+
+    async def drain(self) -> None:
+        """Takes no new sequences anywhere."""
+        await asyncio.gather(*(d.drain() for d in self.deployments))
+
+    async def stop(self, drain_s: float = 30.0) -> None:
+        """Lets what runs finish for at most `drain_s` seconds, then ends all replicas."""
+        await asyncio.gather(*(d.stop(drain_s) for d in self.deployments))
+
+    async def _start_in_order(self, deployments: list[Deployment]) -> None:
+        for deployment in deployments:
+            await deployment.start()
+            await asyncio.gather(deployment.wait_until_settled(), return_exceptions=True)

@@ -1,0 +1,46 @@
+"""Starts a replica as a child process of this one, joined by a socket pair: nothing listens anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LocalProcess:
+    """A replica process and the gateway's end of its connection. stderr is a pipe that must be read."""
+
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+
+async def launch(environment: dict[str, str] | None = None) -> LocalProcess:
+    """Starts `python -m mxn.engine.worker` with the current interpreter.
+
+    environment: variables to set in the child beside this process's own.
+    """
+    ours, theirs = socket.socketpair()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "mxn.engine.worker",
+            str(theirs.fileno()),
+            pass_fds=[theirs.fileno()],
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,  # Ctrl-C reaches the gateway only, which then drains its replicas
+        )
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    reader, writer = await asyncio.open_connection(sock=ours)
+    return LocalProcess(process, reader, writer)

@@ -1,0 +1,76 @@
+"""Smallest real things that tests share: a byte tokenizer folder and models of the fake backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from mxn.core.chip import Chip
+from mxn.core.model import LoadSettings, Model, ModelSpec
+from mxn.fleet.deployment import DeploymentSpec
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder whose tokenizer maps each byte to a token and knows three control tokens."""
+    folder = tmp_path_factory.mktemp("byte-tokenizer")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE(vocab={ch: i for i, ch in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": CHAT_TEMPLATE, "bos_token": SPECIAL[0], "eos_token": SPECIAL[2]})
+    )
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 258]}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fake_model(byte_tokenizer_folder: Path) -> Model:
+    """A model that the fake backend serves: 256 byte tokens + 3 control tokens."""
+    spec = ModelSpec(
+        architecture="fake",
+        num_layers=1,
+        hidden_size=1,
+        vocab_size=259,
+        num_heads=1,
+        num_kv_heads=1,
+        key_dim=1,
+        value_dim=1,
+        max_context=2048,
+        num_parameters=None,
+    )
+    return Model(name="fake-model", folder=str(byte_tokenizer_folder), revision="r1", spec=spec)
+
+
+@pytest.fixture
+def fake_deployment(fake_model: Model) -> Callable[..., DeploymentSpec]:
+    """Makes deployment specs on the fake backend; keywords `options` (dict), any `LoadSettings` or spec field."""
+
+    def make(name: str = "fake-model", *, options: dict[str, object] | None = None, **fields: object) -> DeploymentSpec:
+        spec_fields = {k: fields.pop(k) for k in list(fields) if k in DeploymentSpec.__dataclass_fields__}
+        settings = LoadSettings(options=tuple((k, str(v)) for k, v in (options or {}).items()), **fields)  # type: ignore[arg-type]
+        chip = Chip(uid="fake-0", kind=None, name="Simulated chip", vendor="mxn", memory_bytes=1 << 30, cores=1)
+        return DeploymentSpec(
+            name=name,
+            model=fake_model,
+            backend="fake",
+            chips=[chip],
+            settings=settings,
+            **spec_fields,  # type: ignore[arg-type]
+        )
+
+    return make
