@@ -1,0 +1,1 @@
+"""Workloads, load generation, records and reports."""

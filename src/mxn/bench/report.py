@@ -1,0 +1,222 @@
+"""Tables of records, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mxn.bench.metrics import Spread
+from mxn.bench.records import Manifest, Record, Report
+from mxn.core.quantity import Provenance, Quantity
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """A table before it is drawn. `notes` stand below it."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def matrix(records: Sequence[Record]) -> Grid:
+    """Model x backend: speed of one stream, TTFT, speed of a batch, watts with provenance and tokens per watt.
+
+    Watts and tokens per watt belong to the batch when one was run, else to the stream.
+    """
+    labels = list(dict.fromkeys(r.subject.label for r in records))
+    sources: dict[str, str] = {}
+    rows = []
+    batch_title = "batch"
+    for label in labels:
+        own = [r for r in records if r.subject.label == label]
+        one = next((r for r in own if r.workload.headline == "decode_tokens_per_s"), None)
+        batch = next((r for r in own if r.workload.headline == "output_tokens_per_s"), None)
+        main = batch or one or own[0]
+        if batch:
+            batch_title = f"{batch.workload.concurrency} streams"
+        timed = one or main
+        subject = main.subject
+        for quantity in (main.mean_watts, main.tokens_per_watt):
+            sources[quantity.source] = f"{quantity.provenance}: {quantity.source}"
+        rows.append(
+            (
+                subject.model,
+                subject.backend if subject.interface == "in process" else f"{subject.backend}, {subject.interface}",
+                subject.quantisation,
+                figure(one.headline) if one else "-",
+                figure(timed.metrics.get("ttft_ms")),
+                figure(batch.headline) if batch else "-",
+                quantity_text(main.mean_watts),
+                quantity_text(main.tokens_per_watt, show_unit=False),
+            )
+        )
+    faults = tuple(f"{r.subject.label}, {r.workload.name}: {fault}" for r in records for fault in r.faults)
+    return Grid(
+        title="model x backend",
+        columns=(
+            "Model",
+            "Backend",
+            "Quantisation",
+            "Tokens/s, 1 stream",
+            "TTFT ms",
+            f"Tokens/s, {batch_title}",
+            "Watts",
+            "Tokens per watt",
+        ),
+        rows=tuple(rows),
+        notes=(
+            "Tokens per watt = (output tokens/s) / W = output tokens per joule, idle power included.",
+            *(f"Power {text}." for text in sources.values()),
+            *(f"FAULT {fault}" for fault in faults),
+        ),
+    )
+
+
+def comparison(records: Sequence[Record]) -> Grid:
+    """Workload by workload the headline of every arm, and its ratio to the first arm (above 1 is better)."""
+    labels = list(dict.fromkeys(r.subject.label for r in records))
+    workloads = list(dict.fromkeys(r.workload.name for r in records))
+    found = {(r.subject.label, r.workload.name): r for r in records}
+    rows = []
+    for name in workloads:
+        first = found.get((labels[0], name))
+        workload = next(r.workload for r in records if r.workload.name == name)
+        row = [name, f"{workload.headline.replace('_', ' ')}"]
+        for label in labels:
+            record = found.get((label, name))
+            text = spread_text(record.headline) if record else "-"
+            if record and first and label != labels[0]:
+                text += f"  {ratio_text(first, record)}"
+            row.append(text + (" FAULT" if record and record.faults else ""))
+        rows.append(tuple(row))
+    notes = ["Median [lowest, highest] of the repetitions."]
+    if len(labels) > 1:
+        notes.append(f"x: how many times better than {labels[0]}; median [lowest, highest] over paired repetitions.")
+    return Grid(title="workloads", columns=("Workload", "Figure", *labels), rows=tuple(rows), notes=tuple(notes))
+
+
+def details(records: Sequence[Record]) -> Grid:
+    """One row per record with latencies, cached tokens, energy and the load generator's own cost."""
+    rows = [
+        (
+            r.subject.label,
+            r.workload.name,
+            *(figure(r.metrics.get(m)) for m in ("ttft_ms", "tpot_ms", "itl_p99_ms", "output_tokens_per_s")),
+            "-" if r.num_cached_tokens is None else str(r.num_cached_tokens),
+            quantity_text(r.mean_watts),
+            quantity_text(r.tokens_per_watt, show_unit=False),
+            quantity_text(r.total_tokens_per_watt, show_unit=False),
+            figure(r.metrics.get("client_cpu_share")),
+        )
+        for r in records
+    ]
+    return Grid(
+        title="details",
+        columns=(
+            "Arm",
+            "Workload",
+            "TTFT ms",
+            "TPOT ms",
+            "ITL p99 ms",
+            "Output tokens/s",
+            "Cached tokens",
+            "Watts",
+            "Output tokens/J",
+            "Total tokens/J",
+            "Client cores",
+        ),
+        rows=tuple(rows),
+        notes=tuple(f"FAULT {r.subject.label}, {r.workload.name}: {f}" for r in records for f in r.faults),
+    )
+
+
+def to_rich(grid: Grid) -> Table:
+    """The grid as a table for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    caption = "\n".join(grid.notes) or None
+    table = Table(title=grid.title, caption=caption, box=box.SIMPLE_HEAD, caption_justify="left", title_justify="left")
+    num_text = sum(c in ("Model", "Backend", "Quantisation", "Workload", "Figure", "Arm") for c in grid.columns)
+    for index, column in enumerate(grid.columns):
+        table.add_column(column, justify="left" if index < num_text else "right", overflow="fold")
+    for row in grid.rows:
+        table.add_row(*row)
+    return table
+
+
+def to_markdown(grid: Grid) -> str:
+    """The grid as a Markdown table with its notes below."""
+    lines = [f"| {' | '.join(grid.columns)} |", f"|{'---|' * len(grid.columns)}"]
+    lines += [f"| {' | '.join(row)} |" for row in grid.rows]
+    lines += ["", *(f"- {note}" for note in grid.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def report_markdown(report: Report) -> str:
+    """Everything a reader needs beside the JSON: tables, machine, versions, command."""
+    grids = [matrix(report.records), comparison(report.records), details(report.records)]
+    parts = [f"## {grid.title[0].upper() + grid.title[1:]}\n\n{to_markdown(grid)}" for grid in grids]
+    return "\n".join(["# Benchmark\n", manifest_markdown(report.manifest), *parts])
+
+
+def manifest_markdown(manifest: Manifest) -> str:
+    """Machine, versions, commit and command as a list."""
+    versions = ", ".join(f"{name} {number}" for name, number in manifest.versions.items())
+    return (
+        f"- started: {manifest.started}\n"
+        f"- chip: {manifest.chip}, {manifest.num_cores} cores, {manifest.memory_gib} GiB, "
+        f"{' '.join(manifest.chip_features)}\n"
+        f"- platform: {manifest.platform}\n- versions: {versions}\n- commit: {manifest.commit}\n"
+        f"- command: `{manifest.command}`\n- seed: {manifest.seed}\n"
+    )
+
+
+def ratio_text(base: Record, record: Record) -> str:
+    """How many times better `record` is than `base`, repetition by repetition."""
+    pairs = list(zip(base.values, record.values, strict=False))
+    if not pairs:
+        return "x -"
+    better = [b / r if record.workload.is_lower_better else r / b for b, r in pairs]
+    return f"x{statistics.median(better):.2f} [{min(better):.2f}, {max(better):.2f}]"
+
+
+def figure(spread: Spread | None) -> str:
+    """The median in three significant digits, or a dash."""
+    return "-" if spread is None else number_text(spread.median)
+
+
+def spread_text(spread: Spread | None) -> str:
+    """Median and range."""
+    if spread is None:
+        return "no result"
+    return f"{number_text(spread.median)} [{number_text(spread.low)}, {number_text(spread.high)}]"
+
+
+def number_text(value: float) -> str:
+    """About three significant digits, never in scientific notation for everyday sizes."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def quantity_text(quantity: Quantity, *, show_unit: bool = True) -> str:
+    """Value, unit and how far to trust it; "unavailable" when unknown."""
+    if quantity.value is None:
+        return "unavailable"
+    text = number_text(quantity.value) + (f" {quantity.unit}" if show_unit else "")
+    error = quantity.relative_error
+    if quantity.provenance is Provenance.ESTIMATED:
+        return f"{text} estimated" + (f", factor {1 + error:.2g}" if error else "")
+    if quantity.provenance is Provenance.MEASURED and error is None:
+        return f"{text} measured"
+    return f"{text} {quantity.provenance}" + (f" ±{100 * error:.0f} %" if error else "")
