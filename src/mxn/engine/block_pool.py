@@ -102,7 +102,7 @@ class BlockPool:
         Raises: AssertionError naming the first block whose state is impossible.
         """
         held = Counter(block_id for table in tables for block_id in table)
-        free = Counter(self._blank) + Counter(self._cached)
+        free = Counter([*self._blank, *self._cached])
         for block_id in range(self.num_blocks):
             refs, content = self._ref_counts[block_id], self._hashes[block_id]
             problem = None

@@ -52,6 +52,11 @@ class ReplicaChannel:
         except msgspec.MsgspecError as error:
             raise ChannelError(f"unreadable message from the gateway: {error}") from error
 
+    def close(self) -> None:
+        """Closes the connection; the gateway sees its end."""
+        self._reader.close()
+        self._connection.close()
+
 
 async def receive_from_replica(reader: asyncio.StreamReader) -> ToGateway | None:
     """The gateway's end: the next message of a replica, or None when the replica closed the connection."""
