@@ -39,15 +39,11 @@ _HEAD_DIM = {
     "llama4_text": 128,
 }
 _WINDOW = {"mistral": 4096, "ministral": 4096, "gemma2": 4096, "gemma3_text": 4096, "cohere2": 4096, "gpt_oss": 128}
-_TIED_EMBEDDINGS = frozenset(
-    ["gemma", "gemma2", "gemma3_text", "gpt2", "opt", "starcoder2", "cohere", "cohere2", "smollm3", "ernie4_5"]
-    + ["bloom", "falcon", "minicpm3"]
-)
+_TIED_EMBEDDINGS = {"gemma", "gemma2", "gemma3_text", "gpt2", "opt", "starcoder2", "cohere", "cohere2", "smollm3"}
+_TIED_EMBEDDINGS |= {"ernie4_5", "bloom", "falcon", "minicpm3"}
 # One sliding layer after another with a full one at every n-th place; 1 means that every layer slides.
 _SLIDING_PERIOD = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}
-_TWO_MATRIX_MLP = frozenset(
-    ["gpt2", "gptj", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "starcoder2", "nemotron"]
-)
+_TWO_MATRIX_MLP = {"gpt2", "gptj", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "starcoder2", "nemotron"}
 
 
 def spec_from_config(config: Config) -> ModelSpec:

@@ -1,0 +1,62 @@
+"""Puts a torch runner behind the executor interface. Imports no torch, so that backends stay light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from mxn.backends.base import Executor, ExecutorInfo, PagedKV, WarmUp
+from mxn.core.batch import StepBatch, StepResult
+
+
+class StepRunner(Protocol):
+    """What `mxn.runner.torch_runner.TorchRunner` offers."""
+
+    device: str
+    quantisation: str
+    threads: int | None
+    attention_name: str
+    num_blocks: int
+    block_size: int
+    vocab_size: int
+    max_context: int
+    weight_bytes: int
+    kv_bytes: int
+    notes: tuple[str, ...]
+
+    def execute(self, batch: StepBatch) -> StepResult: ...
+    def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None: ...
+    def warm_up(self) -> tuple[tuple[str, ...], float]: ...
+    def close(self) -> None: ...
+
+
+class TorchExecutor(Executor):
+    """A model that torch runs; the same for every kind of torch device."""
+
+    def __init__(self, runner: StepRunner) -> None:
+        self._runner = runner
+        self.kv = PagedKV(num_blocks=runner.num_blocks, block_size=runner.block_size)
+        self.info = ExecutorInfo(
+            attention=runner.attention_name,
+            quantisation=runner.quantisation,
+            device=runner.device,
+            threads=runner.threads,
+            weight_bytes=runner.weight_bytes,
+            kv_bytes=runner.kv_bytes,
+            max_context=runner.max_context,
+            vocab_size=runner.vocab_size,
+            notes=runner.notes,
+        )
+
+    def warm_up(self) -> WarmUp:
+        shapes, seconds = self._runner.warm_up()
+        return WarmUp(compiled=shapes, seconds=seconds, memory_bytes=self.info.weight_bytes + self.info.kv_bytes)
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        return self._runner.execute(batch)
+
+    def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None:
+        self._runner.copy_kv(moves)
+
+    def close(self) -> None:
+        self._runner.close()
