@@ -1,0 +1,97 @@
+"""The built library behind ctypes: entry points, the structures they take, and scratch memory."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from functools import cache
+from pathlib import Path
+
+import torch  # loaded first: a library linked to libgomp then shares torch's OpenMP threads
+
+from mxn_kernels.cpu.build import best_isa, build
+from mxn_kernels.errors import KernelUnavailable
+
+_POINTER = ctypes.c_void_p
+_INT = ctypes.c_int
+_LONG = ctypes.c_int64
+_FLOAT = ctypes.c_float
+
+ENTRY_POINTS = {
+    "mxn_workspace_create": (_POINTER, [_INT]),
+    "mxn_workspace_destroy": (None, [_POINTER]),
+    "mxn_plan_create": (_POINTER, []),
+    "mxn_plan_destroy": (None, [_POINTER]),
+    "mxn_pack_int8": (_LONG, [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT]),
+    "mxn_int8_linear": (_INT, [_POINTER, _POINTER, _POINTER, _LONG, _POINTER]),
+    "mxn_rms_norm": (None, [_POINTER, _POINTER, _LONG, _INT, _FLOAT, _FLOAT, _POINTER, _INT]),
+    "mxn_paged_attention": (_INT, [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
+    "mxn_copy_blocks": (None, [_POINTER, _LONG, _POINTER, _LONG]),
+}
+
+
+class Library:
+    """One loaded kernel library. `isa` is the instruction set it was built for."""
+
+    def __init__(self, isa: str, path: Path) -> None:
+        self.isa = isa
+        self.path = path
+        # PyDLL keeps the interpreter lock: a step makes hundreds of calls of a few microseconds, and giving the lock away each time lets
+        # another thread hold it for milliseconds.
+        self._dll = ctypes.PyDLL(str(path))
+        for name, (result, arguments) in ENTRY_POINTS.items():
+            function = getattr(self._dll, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name.removeprefix("mxn_"), function)
+
+
+@cache
+def load_library(isa: str | None = None) -> Library:
+    """Builds if needed, loads once per process. Args: isa: a key of `build.ISAS`, None for the best this CPU has.
+
+    Raises: KernelUnavailable with the reason.
+    """
+    isa = isa or best_isa()
+    try:
+        return Library(isa, build(isa))
+    except (OSError, AttributeError):  # a damaged file in the cache: build it again, once
+        path = build(isa, rebuild=True)
+    try:
+        return Library(isa, path)
+    except (OSError, AttributeError) as error:
+        raise KernelUnavailable(f"the kernel library {path} was built but does not load: {error}") from error
+
+
+class Workspace:
+    """Scratch memory and thread count for one caller at a time; the ops of one engine share one."""
+
+    def __init__(self, threads: int, isa: str | None = None) -> None:
+        if not 1 <= threads <= 1024:
+            raise ValueError(f"threads must be between 1 and 1024, found {threads}")
+        self.library = load_library(isa)
+        self.threads = threads
+        self.handle = self.library.workspace_create(threads)
+        self.plan = self.library.plan_create()
+        if not self.handle or not self.plan:
+            raise MemoryError("no memory for a kernel workspace")
+        weakref.finalize(self, self.library.workspace_destroy, self.handle)
+        weakref.finalize(self, self.library.plan_destroy, self.plan)
+
+
+_HUGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+
+
+def aligned_empty(num_bytes: int) -> torch.Tensor:
+    """Uninitialised uint8 memory, 64-byte aligned; from 2 MiB on it starts at a huge page and asks the kernel for such pages."""
+    step = _HUGE_PAGE if num_bytes >= _HUGE_PAGE else 64
+    raw = torch.empty(num_bytes + step, dtype=torch.uint8)
+    start = -raw.data_ptr() % step
+    if step == _HUGE_PAGE:  # advice only: a refusal costs speed, not correctness
+        _libc().madvise(_POINTER(raw.data_ptr() + start), ctypes.c_size_t(num_bytes), _MADV_HUGEPAGE)
+    return raw[start : start + num_bytes]
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -1,0 +1,151 @@
+// Paged attention with write. The way of a call: check every index it will follow, write the new keys and values, then attend to each
+// sequence by its own length: one new token goes the decode way, more go the prefill way, whatever its neighbours do.
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include "attention.h"
+
+struct Fault {
+    int32_t kind, index, found, limit;
+};
+
+enum FaultKind { FINE, BAD_QUERY_STARTS, BAD_CONTEXT, BAD_BLOCK, BAD_SLOT, NO_MEMORY };
+
+// Everything that is used as an index is checked here, so nothing below can reach outside the cache.
+static Fault check(const Batch& batch, const LayerCache& cache) {
+    const int32_t* starts = batch.query_starts;
+    if (starts[0] != 0) return {BAD_QUERY_STARTS, 0, starts[0], 0};
+    if (starts[batch.num_seqs] != batch.num_tokens) return {BAD_QUERY_STARTS, batch.num_seqs, starts[batch.num_seqs], batch.num_tokens};
+    for (int s = 0; s < batch.num_seqs; s++) {
+        int queries = starts[s + 1] - starts[s], context = batch.context_lens[s];
+        if (queries < 0) return {BAD_QUERY_STARTS, s + 1, starts[s + 1], starts[s]};
+        if (context < queries || (int64_t)context > (int64_t)batch.max_blocks * cache.block_size)
+            return {BAD_CONTEXT, s, context, batch.max_blocks * cache.block_size};
+        const int32_t* blocks = batch.block_table + (int64_t)s * batch.max_blocks;
+        int used = (context + cache.block_size - 1) / cache.block_size;
+        uint32_t largest = 0;
+        for (int i = 0; i < used; i++) largest = std::max(largest, (uint32_t)blocks[i]);
+        if (used && largest >= (uint32_t)cache.num_blocks) return {BAD_BLOCK, s, (int32_t)largest, cache.num_blocks};
+    }
+    int64_t slots = (int64_t)cache.num_blocks * cache.block_size;
+    for (int t = 0; t < batch.num_tokens; t++) {
+        int slot = batch.slot_mapping[t];
+        if (slot < -1 || slot >= slots) return {BAD_SLOT, t, slot, (int32_t)slots};
+    }
+    return {FINE, 0, 0, 0};
+}
+
+static void write_token(const Call& call, int64_t token) {
+    const LayerCache& cache = call.cache;
+    int slot = call.batch.slot_mapping[token];
+    if (slot < 0) return;
+    int block = slot / cache.block_size, sub = slot % cache.block_size / LANES, lane = slot % LANES;
+    for (int head = 0; head < cache.num_kv_heads; head++) {
+        const float* from = call.in.key.at(head, token);
+        half_t* keys = cache.key_sub(block, head, sub) + lane;
+        for (int d = 0; d < cache.key_dim; d += LANES) {
+            half_t halves[LANES];
+            int n = std::min(LANES, cache.key_dim - d);
+            store16_half(halves, n == LANES ? load16(from + d) : load16(from + d, n));
+            for (int i = 0; i < n; i++) keys[(d + i) * LANES] = halves[i];
+        }
+        from = call.in.value.at(head, token);
+        half_t* values = cache.value_sub(block, head, sub) + (int64_t)lane * cache.value_pitch;
+        for (int d = 0; d < cache.value_dim; d += LANES) {  // the row is padded with zeros up to the pitch
+            int n = std::min(LANES, cache.value_dim - d);
+            store16_half(values + d, n == LANES ? load16(from + d) : load16(from + d, n));
+        }
+    }
+}
+
+// The work of a call, kept between calls only for its memory.
+struct Plan {
+    std::vector<PrefillUnit> prefill;
+    std::vector<DecodeUnit> decode;
+    std::vector<DecodeUnit> merges;  // chunk holds the number of chunks, partial the first of them
+    int num_partials;
+
+    void make(const Call& call) {
+        prefill.clear(), decode.clear(), merges.clear();
+        num_partials = 0;
+        int step = prefill_tokens(call), heads = call.cache.num_kv_heads;
+        for (int s = 0; s < call.batch.num_seqs; s++) {
+            int queries = call.query_len(s);
+            if (queries == 1) {
+                int first = first_chunk(call, s), count = last_chunk(call, s) - first + 1;
+                for (int h = 0; h < heads; h++) {
+                    if (count > 1) merges.push_back({s, h, count, num_partials});
+                    for (int c = 0; c < count; c++) decode.push_back({s, h, first + c, count > 1 ? num_partials++ : -1});
+                }
+            } else {
+                // Later tiles see more keys: the longest work is handed out first.
+                for (int t = (queries - 1) / step * step; t >= 0; t -= step)
+                    for (int h = 0; h < heads; h++) prefill.push_back({s, h, t, std::min(t + step, queries)});
+            }
+        }
+    }
+};
+
+// Multiply-adds below which a second thread does not pay for its waking.
+constexpr int64_t SERIAL_WORK = 1 << 16;
+
+extern "C" Plan* mxn_plan_create() { return new (std::nothrow) Plan(); }
+extern "C" void mxn_plan_destroy(Plan* plan) { delete plan; }
+
+extern "C" int mxn_paged_attention(Workspace* space, Plan* plan, const LayerCache* cache, const Batch* batch, const Operands* in, Fault* fault) {
+    Call call{*cache, *batch, *in};
+    *fault = check(*batch, *cache);
+    if (fault->kind != FINE) return fault->kind;
+    if (batch->num_tokens == 0) return FINE;
+    plan->make(call);
+
+    int64_t written = (int64_t)batch->num_tokens * cache->num_kv_heads * (cache->key_dim + cache->value_dim);
+    int64_t work = 0;
+    for (int s = 0; s < batch->num_seqs; s++)
+        work += (int64_t)call.query_len(s) * call.context(s) * in->num_heads * (cache->key_dim + cache->value_dim);
+    int threads = work < SERIAL_WORK ? 1 : space->threads;
+    size_t scratch = 0;
+    if (!plan->prefill.empty()) scratch = prefill_scratch_bytes(call);
+    if (!plan->decode.empty()) scratch = std::max(scratch, decode_scratch_bytes(call));
+    for (int t = 0; t < threads; t++)
+        if (!space->own[t].reserve(scratch)) return (fault->kind = NO_MEMORY);
+    if (!space->shared.reserve(sizeof(float) * plan->num_partials * partial_floats(call))) return (fault->kind = NO_MEMORY);
+    float* partials = (float*)space->shared.base;
+
+    // A few tokens are written faster than threads can meet; every write is done before any read.
+    bool write_alone = threads == 1 || written < 4096;
+    if (write_alone)
+        for (int64_t t = 0; t < batch->num_tokens; t++) write_token(call, t);
+
+    std::atomic<size_t> next{0};
+    auto run = [&](int thread, int count) {
+        if (!write_alone) {
+            Share mine(batch->num_tokens, thread, count);
+            for (int64_t t = mine.first; t < mine.last; t++) write_token(call, t);
+#pragma omp barrier
+        }
+        char* own = space->own[thread].base;
+        size_t prefills = plan->prefill.size(), units = prefills + plan->decode.size();
+        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
+            if (i < prefills) prefill_tile(call, plan->prefill[i], own);
+            else decode_chunk(call, plan->decode[i - prefills], own, partials);
+        }
+        if (plan->merges.empty()) return;
+        if (count > 1) {
+#pragma omp barrier
+        }
+        Share mine(plan->merges.size(), thread, count);
+        for (long i = mine.first; i < mine.last; i++) {
+            const DecodeUnit& m = plan->merges[i];
+            merge_chunks(call, m.seq, m.head, m.partial, m.chunk, partials);
+        }
+    };
+    if (threads == 1) {
+        run(0, 1);
+    } else {
+#pragma omp parallel num_threads(threads)
+        run(omp_get_thread_num(), omp_get_num_threads());
+    }
+    return FINE;
+}

@@ -1,0 +1,288 @@
+// y = x W^T + bias with int8 weights (one scale per output channel) and int8 activations (one scale per row, found here).
+//
+// Weights are kept unsigned, w + 128, because the dot-product instruction multiplies unsigned by signed; the surplus 128 * sum(x) is
+// one number per row. Sums are exact in int32, so a row's result does not depend on which rows it is computed with.
+// A row that holds NaN or infinity gets a NaN scale and zero inputs: its outputs are NaN and nothing else changes.
+#include <math.h>
+#include <string.h>
+#include <atomic>
+
+#include "simd.h"
+#include "workspace.h"
+
+constexpr int PANEL = 32;            // output channels per panel: [n / 32][k / 4][32][4]
+constexpr int DEPTH_STEP = 16;       // inputs are padded to a multiple of this
+constexpr int PREFETCH_BYTES = 2048;
+constexpr float SMALLEST = 1e-30f;   // below this a row counts as zero: 127 / max would overflow
+constexpr uint32_t INFINITY_BITS = 0x7f800000;
+
+// ---------------------------------------------------------------- integer vectors
+
+#if MXN_AVX512
+typedef __m512i VecI;
+typedef __m512i Inputs;
+constexpr int WEIGHT_OFFSET = 128;
+MXN_INLINE VecI zero_i() { return _mm512_setzero_si512(); }
+MXN_INLINE VecI add_i(VecI a, VecI b) { return _mm512_add_epi32(a, b); }
+MXN_INLINE VecI load_weights(const uint8_t* p) { return _mm512_load_si512(p); }
+MXN_INLINE Inputs broadcast_inputs(const int8_t* p) { return _mm512_set1_epi32(*(const int32_t*)p); }
+#define DOT(sum, weights, inputs) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs))
+#else
+typedef __m256i VecI;
+MXN_INLINE VecI zero_i() { return _mm256_setzero_si256(); }
+MXN_INLINE VecI add_i(VecI a, VecI b) { return _mm256_add_epi32(a, b); }
+#if defined(__AVXVNNI__)
+typedef __m256i Inputs;
+constexpr int WEIGHT_OFFSET = 128;
+MXN_INLINE VecI load_weights(const uint8_t* p) { return _mm256_load_si256((const __m256i*)p); }
+MXN_INLINE Inputs broadcast_inputs(const int8_t* p) { return _mm256_set1_epi32(*(const int32_t*)p); }
+#define DOT(sum, weights, inputs) asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(weights), "x"(inputs))
+#else
+// Without a dot-product instruction: |x| times sign(x) * w in 16 bits. No sum overflows: 2 * 127 * 127 < 2^15.
+struct Inputs {
+    __m256i value, magnitude;
+};
+constexpr int WEIGHT_OFFSET = 0;
+MXN_INLINE VecI load_weights(const uint8_t* p) {
+    return _mm256_xor_si256(_mm256_load_si256((const __m256i*)p), _mm256_set1_epi8((char)128));
+}
+MXN_INLINE Inputs broadcast_inputs(const int8_t* p) {
+    __m256i x = _mm256_set1_epi32(*(const int32_t*)p);
+    return {x, _mm256_abs_epi8(x)};
+}
+MXN_INLINE VecI dot(VecI sum, VecI weights, Inputs x) {
+    __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8(weights, x.value));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+#define DOT(sum, weights, inputs) sum = dot(sum, weights, inputs)
+#endif
+#endif
+
+MXN_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+
+// ---------------------------------------------------------------- activations to int8
+
+#if MXN_AVX512
+MXN_INLINE __m512i max_bits(__m512i m, Vec16 x) {
+    return _mm512_max_epi32(m, _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff)));
+}
+MXN_INLINE uint32_t largest(__m512i m) { return _mm512_reduce_max_epi32(m); }
+MXN_INLINE __m512i round16(Vec16 x, int8_t* q) {
+    __m512i v = _mm512_cvtps_epi32(x.v);
+    _mm_storeu_si128((__m128i*)q, _mm512_cvtsepi32_epi8(v));
+    return v;
+}
+MXN_INLINE int32_t sum_i(__m512i v) { return _mm512_reduce_add_epi32(v); }
+#else
+MXN_INLINE __m256i max_bits(__m256i m, Vec16 x) {
+    __m256i mask = _mm256_set1_epi32(0x7fffffff);
+    __m256i lo = _mm256_and_si256(_mm256_castps_si256(x.lo), mask), hi = _mm256_and_si256(_mm256_castps_si256(x.hi), mask);
+    return _mm256_max_epi32(m, _mm256_max_epi32(lo, hi));
+}
+MXN_INLINE uint32_t largest(__m256i m) {
+    __m128i v = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    v = _mm_max_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(v, _mm_shuffle_epi32(v, 0xb1)));
+}
+MXN_INLINE __m256i round16(Vec16 x, int8_t* q) {
+    __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi);
+    __m256i shorts = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xd8);
+    _mm_storeu_si128((__m128i*)q, _mm_packs_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1)));
+    return _mm256_add_epi32(lo, hi);
+}
+MXN_INLINE int32_t sum_i(__m256i v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+#endif
+
+struct Activations {
+    int8_t* values;       // [rows][depth], zero beyond k
+    float* scales;        // [rows]
+    int32_t* surplus;     // [rows]: what the weights' offset adds to every sum of the row
+};
+
+static void quantise_row(const float* x, int k, int64_t row, int depth, const Activations& to) {
+    int tail = k % LANES, whole = k - tail;
+    VecI bits = zero_i();
+    for (int i = 0; i < whole; i += LANES) bits = max_bits(bits, load16(x + i));
+    if (tail) bits = max_bits(bits, load16(x + whole, tail));
+    uint32_t peak_bits = largest(bits);
+    float peak;
+    memcpy(&peak, &peak_bits, sizeof peak);
+
+    int8_t* q = to.values + row * depth;
+    if (peak_bits >= INFINITY_BITS || peak < SMALLEST) {
+        memset(q, 0, depth);
+        to.scales[row] = peak_bits >= INFINITY_BITS ? NAN : 0.f;
+        to.surplus[row] = 0;
+        return;
+    }
+    Vec16 inverse = set16(127.f / peak);
+    VecI sum = zero_i();
+    for (int i = 0; i < whole; i += LANES) sum = add_i(sum, round16(mul(load16(x + i), inverse), q + i));
+    if (tail) sum = add_i(sum, round16(mul(load16(x + whole, tail), inverse), q + whole));
+    to.scales[row] = peak / 127.f;
+    to.surplus[row] = WEIGHT_OFFSET * sum_i(sum);
+}
+
+// ---------------------------------------------------------------- the product
+
+struct Int8Weight {
+    const uint8_t* panels;
+    const float* scales;  // one per channel, padded to whole panels
+    const float* bias;    // likewise; zeros if the layer has none
+    int32_t n, k;
+};
+
+// Turns the exact sums of one row and panel into floats and writes the panel's real columns.
+struct Epilogue {
+    const float* row_scales;
+    const int32_t* row_surplus;
+    const float* column_scales;
+    const float* bias;
+    float* y;
+    int64_t ldy;
+    int columns;
+
+#if MXN_AVX512
+    MXN_INLINE_MEMBER void store(int64_t row, __m512i s0, __m512i s1) const {
+        __m512i surplus = _mm512_set1_epi32(row_surplus[row]);
+        write(row, 0, {_mm512_cvtepi32_ps(_mm512_sub_epi32(s0, surplus))});
+        write(row, 16, {_mm512_cvtepi32_ps(_mm512_sub_epi32(s1, surplus))});
+    }
+#else
+    MXN_INLINE_MEMBER void store(int64_t row, __m256i s0, __m256i s1, __m256i s2, __m256i s3) const {
+        __m256i surplus = _mm256_set1_epi32(row_surplus[row]);
+        auto real = [surplus](__m256i s) { return _mm256_cvtepi32_ps(_mm256_sub_epi32(s, surplus)); };
+        write(row, 0, {real(s0), real(s1)});
+        write(row, 16, {real(s2), real(s3)});
+    }
+#endif
+    MXN_INLINE_MEMBER void write(int64_t row, int column, Vec16 sum) const {
+        Vec16 value = fma(mul(sum, set16(row_scales[row])), load16(column_scales + column), load16(bias + column));
+        float* to = y + row * ldy + column;
+        if (columns >= column + LANES) store16(to, value);
+        else if (columns > column) store16(to, columns - column, value);
+    }
+};
+
+typedef void Tile(const int8_t* a, int64_t lda, const uint8_t* w, int64_t depth, const Epilogue& out, int64_t row);
+#include "gemm_tiles.inc"
+
+// Rows [first, last) times panels [p0, p1). Rows are cut into tiles of nearly equal height: 32 is 11 + 11 + 10.
+static void multiply(const Int8Weight& w, const Activations& x, int depth, int64_t first, int64_t last, int p0, int p1, float* y) {
+    int tiles = (last - first + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    for (int p = p0; p < p1; p++) {
+        const uint8_t* panel = w.panels + (int64_t)p * PANEL * depth;
+        Epilogue out{x.scales, x.surplus, w.scales + p * PANEL, w.bias + p * PANEL, y + p * PANEL, w.n, w.n - p * PANEL};
+        for (int t = 0; t < tiles; t++) {
+            Share rows(last - first, t, tiles);
+            int64_t row = first + rows.first;
+            TILES[rows.last - rows.first](x.values + row * depth, depth, panel, depth, out, row);
+        }
+    }
+}
+
+// How a product is divided. Weights of a panel are read once per row block, whose activations stay in the second-level cache.
+struct Division {
+    int64_t row_block, row_blocks, groups;
+    int threads;
+    bool quantise_alone;  // each thread quantises all rows for itself: cheaper than waiting for the others
+
+    Division(int64_t rows, int panels, int depth, int max_threads) {
+        int64_t work = (int64_t)panels * PANEL * depth * (1 + rows / 8);
+        threads = work < 65536 ? 1 : max_threads;
+        if (threads > panels) threads = panels;
+        quantise_alone = threads == 1 || rows * depth <= 4096;
+        row_block = 393216 / depth / MAX_TILE_ROWS * MAX_TILE_ROWS;
+        if (row_block < 48) row_block = 48;
+        row_blocks = (rows + row_block - 1) / row_block;
+        // Large products are handed out in small pieces, so that a core lost to a neighbour does not hold up the other.
+        groups = threads == 1 ? 1 : work < (4 << 20) ? threads : threads * 8;
+        if (groups > panels) groups = panels;
+    }
+};
+
+extern "C" int mxn_int8_linear(Workspace* space, const Int8Weight* w, const float* x, int64_t rows, float* y) {
+    if (rows == 0) return 0;
+    int depth = round_up(w->k, DEPTH_STEP), panels = (w->n + PANEL - 1) / PANEL;
+    Division division(rows, panels, depth, space->threads);
+    auto lay_out = [&](char* base, Activations* to) {
+        Layout layout{base};
+        *to = {layout.take<int8_t>(rows * depth), layout.take<float>(rows), layout.take<int32_t>(rows)};
+        return layout.used;
+    };
+    Activations common;
+    size_t bytes = lay_out(nullptr, &common);
+    if (division.quantise_alone) {
+        for (int t = 0; t < division.threads; t++)
+            if (!space->own[t].reserve(bytes)) return OUT_OF_MEMORY;
+    } else if (!space->shared.reserve(bytes)) return OUT_OF_MEMORY;
+    lay_out(space->shared.base, &common);
+
+    std::atomic<int64_t> next{0};
+    auto run = [&](int thread, int threads) {
+        Activations input = common;
+        if (division.quantise_alone) {
+            lay_out(space->own[thread].base, &input);
+            for (int64_t r = 0; r < rows; r++) quantise_row(x + r * w->k, w->k, r, depth, input);
+        } else {
+            Share mine(rows, thread, threads);
+            for (int64_t r = mine.first; r < mine.last; r++) quantise_row(x + r * w->k, w->k, r, depth, input);
+#pragma omp barrier
+        }
+        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < division.row_blocks * division.groups;) {
+            Share block(rows, item / division.groups, division.row_blocks), group(panels, item % division.groups, division.groups);
+            multiply(*w, input, depth, block.first, block.last, group.first, group.last, y);
+        }
+    };
+    if (division.threads == 1) {
+        run(0, 1);
+    } else {
+#pragma omp parallel num_threads(division.threads)
+        run(omp_get_thread_num(), omp_get_num_threads());
+    }
+    return 0;
+}
+
+// ---------------------------------------------------------------- packing
+
+// Packs rows of a float matrix into panels. Returns -1, or the first row that holds NaN or infinity.
+extern "C" int64_t mxn_pack_int8(const float* weight, int64_t n, int64_t k, uint8_t* panels, float* scales, int threads) {
+    int64_t depth = (k + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP, count = (n + PANEL - 1) / PANEL;
+    std::atomic<int64_t> bad{n};
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t p = 0; p < count; p++) {
+        uint8_t* panel = panels + p * PANEL * depth;
+        memset(panel, 128, PANEL * depth);
+        for (int c = 0; c < PANEL; c++) {
+            int64_t row = p * PANEL + c;
+            scales[row] = 0.f;
+            if (row >= n) continue;
+            const float* x = weight + row * k;
+            float peak = 0.f;
+            bool finite = true;
+            for (int64_t i = 0; i < k; i++) {
+                float size = fabsf(x[i]);
+                finite &= size < INFINITY;
+                peak = size > peak ? size : peak;
+            }
+            if (!finite) {
+                int64_t seen = bad.load();
+                while (row < seen && !bad.compare_exchange_weak(seen, row)) {}
+                continue;
+            }
+            if (peak < SMALLEST) continue;
+            float inverse = 127.f / peak;
+            for (int64_t i = 0; i < k; i++) panel[i / 4 * (4 * PANEL) + c * 4 + i % 4] = (uint8_t)(128 + (int)rintf(x[i] * inverse));
+            scales[row] = peak / 127.f;
+        }
+    }
+    int64_t row = bad.load();
+    return row == n ? -1 : row;
+}
+
+extern "C" Workspace* mxn_workspace_create(int threads) { return new (std::nothrow) Workspace(threads); }
+extern "C" void mxn_workspace_destroy(Workspace* space) { delete space; }

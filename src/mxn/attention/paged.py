@@ -1,0 +1,101 @@
+"""Paged attention on the kernels of `mxn_kernels`; with runner/quantise.py the only importer of that package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from mxn_kernels.copy_blocks import copy_blocks
+from mxn_kernels.cpu import Workspace
+from mxn_kernels.paged_attention import LayerCache, PagedBatch, paged_attention
+
+from mxn.attention.base import AttentionBackend, AttentionMetadata, LayerKV
+
+
+class PagedCpuAttention(AttentionBackend):
+    """C++ kernels over a half-precision KV cache. A row's result depends on its own sequence alone, bit for bit."""
+
+    name: ClassVar[str] = "cpu-cpp"
+
+    def __init__(
+        self,
+        layers: Sequence[LayerKV],
+        num_blocks: int,
+        block_size: int,
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        """Args: threads: None for torch's number. isa: instruction set to build for, None for the CPU's best.
+
+        Raises: mxn_kernels.KernelUnavailable with the reason; ValueError if block_size is not a multiple of 16.
+        """
+        super().__init__(layers, num_blocks, block_size)
+        self.workspace = Workspace(threads or torch.get_num_threads(), isa)
+        self.caches = [
+            LayerCache.allocate(
+                num_blocks=num_blocks,
+                block_size=block_size,
+                num_kv_heads=layer.num_kv_heads,
+                key_dim=layer.key_dim,
+                value_dim=layer.value_dim,
+            )
+            for layer in layers
+        ]
+        self._meta: AttentionMetadata | None = None
+        self._batch: PagedBatch | None = None
+
+    @classmethod
+    def bytes_per_block(cls, layers: Sequence[LayerKV], block_size: int) -> int:
+        return sum(
+            LayerCache.bytes_per_block(
+                block_size=block_size,
+                num_kv_heads=layer.num_kv_heads,
+                key_dim=layer.key_dim,
+                value_dim=layer.value_dim,
+            )
+            for layer in layers
+        )
+
+    def forward(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        meta: AttentionMetadata,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if meta is not self._meta:  # one step's batch serves all layers
+            self._batch = PagedBatch(meta.query_starts, meta.context_lens, meta.block_table, meta.slot_mapping)
+            self._meta = meta
+        dtype = query.dtype
+        out = paged_attention(
+            _float_rows(query),
+            _float_rows(key),
+            _float_rows(value),
+            self.caches[layer],
+            self._batch,
+            scaling=scaling,
+            window=window,
+            softcap=softcap,
+            sinks=None if sinks is None else sinks.float().contiguous(),
+            workspace=self.workspace,
+        )
+        return out if dtype is torch.float32 else out.to(dtype)
+
+    def copy_blocks(self, moves: Sequence[tuple[int, int]]) -> None:
+        for cache in self.caches:
+            copy_blocks(cache, moves, workspace=self.workspace)
+
+
+def _float_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 with a contiguous last dimension, which is what the kernels read; usually the tensor itself."""
+    if tensor.dtype is not torch.float32:
+        tensor = tensor.float()
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

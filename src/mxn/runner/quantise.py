@@ -1,0 +1,179 @@
+"""8-bit weights for any decoder: linear layers and RMS norms of a loaded model are replaced by the kernels of `mxn_kernels`.
+
+Nothing is replaced on trust. Each new module is compared with the one it replaces on random input, and what differs stays as it was
+and is named in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from mxn_kernels.cpu import Workspace
+from mxn_kernels.int8_linear import Int8Weight, int8_linear, pack_int8
+from mxn_kernels.rms_norm import rms_norm
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from mxn.errors import ModelError
+
+MAX_LINEAR_ERROR = 0.05
+"""Relative error in the 2-norm on normal input above which a layer keeps its floats. int8 gives 0.01 on well-behaved weights."""
+
+MAX_NORM_ERROR = 1e-4
+"""Relative error of a norm: both sides compute in float32, so only the order of summation differs."""
+
+CHECK_ROWS = 3
+
+
+@dataclass(kw_only=True)
+class QuantisationReport:
+    """What was replaced, what was not and why. `kept` holds one line per module."""
+
+    isa: str
+    linears: int = 0
+    norms: int = 0
+    weight_bytes: int = 0
+    float_bytes: int = 0
+    kept: list[str] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """For the log and the replica's notes."""
+        head = f"int8 ({self.isa}): {self.linears} linear layers, {self.norms} norms; {len(self.kept)} modules kept as they were"
+        return [head, *self.kept]
+
+
+class Int8Linear(nn.Module):
+    """A linear layer over packed 8-bit weights; takes any float dtype and answers in it."""
+
+    def __init__(self, weight: Int8Weight, workspace: Workspace) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.k, weight.n
+        self.packed, self.workspace = weight, workspace
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype is torch.float32:
+            return int8_linear(x, self.packed, workspace=self.workspace)
+        return int8_linear(x.float(), self.packed, workspace=self.workspace).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class KernelRMSNorm(nn.Module):
+    """Root-mean-square normalisation in one pass; `offset` is 1 where a model stores weight - 1."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, offset: float, workspace: Workspace) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().float().contiguous(), requires_grad=False)
+        self.eps, self.offset, self.workspace = eps, offset, workspace
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype is torch.float32:
+            return rms_norm(x, self.weight, self.eps, offset=self.offset, workspace=self.workspace)
+        return rms_norm(x.float(), self.weight, self.eps, offset=self.offset, workspace=self.workspace).to(x.dtype)
+
+
+@torch.no_grad()
+def quantise_int8(model: nn.Module, *, threads: int, isa: str | None = None) -> QuantisationReport:
+    """Replaces linear layers (the output head too) and RMS norms in place; every other parameter becomes float32.
+
+    A head tied to the embedding gets its own 8-bit copy, the embedding stays. Experts stored as stacked 3-D parameters stay in float32.
+    Float weights are freed layer by layer.
+
+    Raises: ModelError naming a tensor that holds NaN or infinity; mxn_kernels.KernelUnavailable with the reason.
+    """
+    workspace = Workspace(threads, isa)
+    report = QuantisationReport(isa=workspace.library.isa)
+    generator = torch.Generator().manual_seed(0)
+    for name, module in list(model.named_modules()):
+        if _is_linear(module):
+            fresh = _quantised(name, module, workspace, generator, report)
+        elif "RMSNorm" in type(module).__name__:
+            fresh = _fused_norm(name, module, workspace, generator, report)
+        else:
+            _note_unknown(name, module, report)
+            continue
+        if fresh is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, fresh)
+    model.float()
+    report.float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return report
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Exactly these classes: a subclass may compute something else."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def _quantised(
+    name: str, module: nn.Module, workspace: Workspace, generator: torch.Generator, report: QuantisationReport
+) -> Int8Linear | None:
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    try:
+        packed = pack_int8(weight, module.bias, workspace=workspace)
+    except ValueError as error:
+        raise ModelError(f"{name}: {error}; the weights are damaged or of a shape mxn cannot quantise") from error
+    x = torch.randn(CHECK_ROWS, packed.k, generator=generator)
+    bias = None if module.bias is None else module.bias.float()
+    expected = functional.linear(x, weight.float(), bias)
+    error = _relative_error(int8_linear(x, packed, workspace=workspace), expected)
+    if not error <= MAX_LINEAR_ERROR:
+        report.kept.append(
+            f"{name}: 8 bits would be off by {error:.1%}, more than {MAX_LINEAR_ERROR:.0%}; kept in float32"
+        )
+        return None
+    report.linears += 1
+    report.weight_bytes += packed.num_bytes
+    return Int8Linear(packed, workspace)
+
+
+def _fused_norm(
+    name: str, module: nn.Module, workspace: Workspace, generator: torch.Generator, report: QuantisationReport
+) -> KernelRMSNorm | None:
+    """The kernel form that equals `module` on random input, if there is one."""
+    kind = type(module).__name__
+    weight = getattr(module, "weight", None)
+    eps = next(
+        (v for v in (getattr(module, a, None) for a in ("variance_epsilon", "eps")) if isinstance(v, float)), None
+    )
+    if weight is None or weight.dim() != 1 or eps is None or next(module.children(), None) is not None:
+        report.kept.append(f"{name}: {kind} has no plain weight and epsilon; kept")
+        return None
+    if not torch.isfinite(weight).all():
+        raise ModelError(f"{name}.weight holds NaN or infinity; the weights are damaged")
+    x = torch.randn(CHECK_ROWS, weight.shape[0], generator=generator)
+    x[0] *= eps**0.5  # so that the epsilon counts
+    try:
+        expected = module(x.to(weight.dtype)).float()
+    except (RuntimeError, TypeError) as error:
+        report.kept.append(f"{name}: {kind} does not take one tensor ({error}); kept")
+        return None
+    tolerance = MAX_NORM_ERROR if weight.dtype is torch.float32 else 4 * torch.finfo(weight.dtype).eps
+    for offset in (0.0, 1.0):
+        fresh = KernelRMSNorm(weight, eps, offset, workspace)
+        if _relative_error(fresh(x.to(weight.dtype).float()), expected) <= tolerance:
+            report.norms += 1
+            return fresh
+    report.kept.append(f"{name}: {kind} is not a root-mean-square norm of its weight; kept")
+    return None
+
+
+def _note_unknown(name: str, module: nn.Module, report: QuantisationReport) -> None:
+    for key, parameter in _own_matrices(module):
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"{name}.{key} holds NaN or infinity; the weights are damaged")
+        if not isinstance(module, nn.Embedding):
+            report.kept.append(f"{name}.{key}: {type(module).__name__} {tuple(parameter.shape)}; kept in float32")
+
+
+def _own_matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((k, p) for k, p in module.named_parameters(recurse=False) if p.dim() >= 2 and p.is_floating_point())
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
