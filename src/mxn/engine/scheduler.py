@@ -7,6 +7,7 @@ nor lets it hold up short ones, and waiting for a prefix that another sequence i
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from dataclasses import dataclass
 
@@ -156,7 +157,7 @@ class StepScheduler:
     def _start(self, sequence: Sequence, hits: list[int], reusable: int) -> None:
         for block_id in hits:
             self._pool.share(block_id)
-        sequence.block_ids = hits
+        sequence.block_ids = array("i", hits)
         sequence.num_published_blocks = len(hits)
         sequence.num_computed_tokens = len(hits) * self._block_size
         if sequence.num_output_tokens == 0:
@@ -182,7 +183,7 @@ class StepScheduler:
             if victim is sequence:
                 return False
         if missing > 0:
-            sequence.block_ids += self._pool.allocate(missing)
+            sequence.block_ids.extend(self._pool.allocate(missing))
         return True
 
     def _preempt(self, victim: Sequence) -> None:
@@ -195,7 +196,7 @@ class StepScheduler:
     def _give_back(self, sequence: Sequence) -> None:
         self._cache.withdraw(sequence.seq_id, sequence.block_chain[sequence.num_published_blocks :])
         self._pool.release(sequence.block_ids)
-        sequence.block_ids = []
+        sequence.block_ids = array("i")
         sequence.num_computed_tokens = 0
         sequence.num_published_blocks = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from enum import StrEnum
 
 from mxn.core.request import FinishReason, SequenceRequest, TokenLogprob
@@ -52,7 +53,7 @@ class Sequence:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_published_blocks = 0
-        self.block_ids: list[int] = []
+        self.block_ids = array("i")  # packed, because executors copy it into a tensor on every step
         self.block_chain: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.status = SequenceStatus.WAITING
