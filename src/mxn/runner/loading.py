@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -101,8 +102,14 @@ def check_weight_files(folder: str) -> list[Path]:
     return files
 
 
-def _check_safetensors(file: Path) -> None:
-    """Compares a file's size with what its header promises."""
+def count_weights(files: Sequence[Path]) -> int:
+    """Elements of all tensors in the files."""
+    shapes = (entry["shape"] for file in files for entry in _check_safetensors(file).values())
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _check_safetensors(file: Path) -> dict[str, Any]:
+    """The header of a file whose size is what that header promises, without its metadata."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         header_bytes = int.from_bytes(stream.read(8), "little")
@@ -113,12 +120,14 @@ def _check_safetensors(file: Path) -> None:
             )
         try:
             header = json.loads(stream.read(header_bytes))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise ModelError(f"{file}: the safetensors header is damaged ({error}); fetch the model again") from error
     expected = 8 + header_bytes + end
     if size != expected:
         raise ModelError(f"{file}: expected {expected} bytes, found {size}; it is cut off: fetch the model again")
+    return header
 
 
 def _check_report(folder: str, files: list[Path], report: dict[str, Any]) -> None:
