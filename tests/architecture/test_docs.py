@@ -46,6 +46,15 @@ def test_page_links_and_make_targets_exist(page: Path) -> None:
     assert not unknown, f"{page.name} names make targets that are not there: {unknown}"
 
 
+def test_minimal_adapter_of_the_vendors_page_is_whole(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/vendors.md").read_text(), re.DOTALL)
+    module = tmp_path / "mxn_mychip.py"
+    module.write_text(code + "\n\nprint(MyChipBackend().probe().reason)\n")
+    done = subprocess.run([sys.executable, "-W", "error", module], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "install mychip-driver" in done.stdout
+
+
 def test_constraints_pin_every_direct_dependency() -> None:
     """Optional chips' libraries aside: those are chosen by the machine, not by the set-up."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
