@@ -54,7 +54,7 @@ class Archive(Checked):
 class Architecture(Checked):
     """Facts from the model's config.json; what nobody could confirm stays null."""
 
-    model_type: str
+    model_type: str | None = None
     """transformers' name of the architecture, such as "llama"."""
     num_layers: Count | None = None
     hidden_size: Count | None = None
@@ -105,7 +105,7 @@ class Architecture(Checked):
             "max_context": self.max_context,
         }
         known = {name: count for name, count in counts.items() if count is not None}
-        if len(known) < len(counts):
+        if self.model_type is None or len(known) < len(counts):
             return None
         return ModelSpec(
             architecture=self.model_type,
@@ -130,11 +130,11 @@ class ModelCard(Checked):
     """Files with hashes known beforehand; hashes of hub files come from the hub when null."""
     native_dtype: Literal["fp32", "bf16", "fp16", "fp8", "mxfp4", "q4_1", "q4_k_m"] | None = None
     """Format of the published weights."""
-    quantisations: tuple[Quantisation, ...]
+    quantisations: tuple[Quantisation, ...] = ("fp32", "bf16", "fp16", "int8", "int4")
     """What mxn may load it as."""
-    architecture: Architecture
-    licence: Licence
-    chat: bool
+    architecture: Architecture = Architecture(source="not read yet")
+    licence: Licence | None = None
+    chat: bool | None = None
     """True when it was trained to follow a conversation and has a chat template."""
     gated: bool = False
     """True when the hub wants its terms accepted and a token."""

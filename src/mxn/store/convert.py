@@ -1,0 +1,71 @@
+"""Runs the converter from GGUF to Hugging Face layout in a process of its own, since it needs torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mxn.config.environment import child_environment
+from mxn.errors import ModelError
+
+CONVERTER = (sys.executable, "-m", "mxn.runner.convert_gguf")
+LAST_LINES = 6
+
+
+def convert_gguf(
+    source: Path, out: Path, *, dtype: str, command: Sequence[str] = CONVERTER, progress: Callable[[str, float], None]
+) -> None:
+    """Converts `source` into the folder `out`. `progress` gets the converter's (phase, fraction).
+
+    The converter writes JSON lines: {"phase", "fraction"} while it works, {"error"} when it cannot go on.
+    Raises: ModelError with the converter's own last words.
+    """
+    failure: str | None = None
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(
+            [*command, str(source), str(out), "--dtype", dtype],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=child_environment({"PYTHONUNBUFFERED": "1"}),
+        )
+        try:
+            for line in process.stdout or ():
+                message = _message(line)
+                phase, fraction = message.get("phase"), message.get("fraction")
+                if "error" in message:
+                    failure = str(message["error"])
+                elif isinstance(phase, str) and isinstance(fraction, (int, float)):
+                    progress(phase, min(1.0, max(0.0, fraction)))
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        if process.returncode == 0 and failure is None:
+            return
+        errors.seek(0)
+        stderr = errors.read()[-20_000:].decode(errors="replace").strip().splitlines()
+    raise ModelError(f"{source.name} could not be converted: {failure or _last_words(process.returncode, stderr)}")
+
+
+def _message(line: bytes) -> dict[str, object]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _last_words(code: int, stderr: Sequence[str]) -> str:
+    text = " | ".join(stderr[-LAST_LINES:]) or "it said nothing"
+    if "No module named" in text:
+        return f"{stderr[-1]}; converting needs torch: pip install 'mxn[cpu]'"
+    if code == -9:
+        return f"the converter was killed, most likely for lack of memory ({text})"
+    return f"the converter ended with code {code}: {text}"
