@@ -1,0 +1,104 @@
+"""A gateway over real replica processes of the fake backend, reached through real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+from mxn.fleet.deployment import Deployment, DeploymentSpec
+from mxn.fleet.fleet import Fleet
+from mxn.server.app import build_app
+from mxn.server.gateway import Gateway
+from mxn.server.run import serve
+from mxn.server.settings import ServerSettings
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server in a thread of its own. `call` runs a function on its event loop."""
+
+    url: str
+    fleet: Fleet
+    gateway: Gateway
+    loop: asyncio.AbstractEventLoop
+    http: httpx.Client
+
+    def deployment(self, name: str = "fake-model") -> Deployment:
+        found = self.fleet.get(name)
+        assert found is not None
+        return found
+
+    def post(self, path: str, body: object, **kwargs: object) -> httpx.Response:
+        return self.http.post(path, json=body, **kwargs)  # type: ignore[arg-type]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        url = httpx.URL(self.url)
+        assert url.port is not None
+        return url.host, url.port
+
+
+@contextmanager
+def running_server(*specs: DeploymentSpec, settings: ServerSettings | None = None) -> Iterator[Running]:
+    settings = settings or ServerSettings()
+    started = threading.Event()
+    found: list[Running] = []
+    failure: list[BaseException] = []
+    stop: list[Callable[[], None]] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        fleet = Fleet(specs)
+        await fleet.start()
+        app = build_app(fleet, settings)
+        key = settings.api_keys[0] if settings.api_keys else ""
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+
+        def on_started(url: str) -> None:
+            client = httpx.Client(base_url=url, headers=headers, timeout=20)
+            found.append(Running(url=url, fleet=fleet, gateway=app.state.gateway, loop=loop, http=client))
+            started.set()
+
+        stopping = asyncio.Event()
+        stop.append(lambda: loop.call_soon_threadsafe(stopping.set))
+        try:
+            await serve(app, port=0, on_started=on_started, stop=stopping)
+        finally:
+            await fleet.stop(drain_s=0.2)
+
+    def run() -> None:
+        try:
+            asyncio.run(main())
+        except BaseException as error:
+            failure.append(error)
+        finally:
+            started.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    assert started.wait(30)
+    if failure:
+        raise failure[0]
+    try:
+        yield found[0]
+    finally:
+        found[0].http.close()
+        stop[0]()
+        thread.join(20)
+    if failure:
+        raise failure[0]
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., Running]]:
+    """Starts servers that end with the test."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        yield lambda *specs, settings=None: stack.enter_context(running_server(*specs, settings=settings))
