@@ -1,0 +1,66 @@
+"""`mxn demo`: serves a small model through real HTTP, asks it something, measures it, prints the matrix."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+QUESTION = "What is the capital of France, and what is it known for? Answer in two sentences."
+
+
+def demo(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model to show.")] = None,
+    question: Annotated[str, typer.Option(help="What to ask it.")] = QUESTION,
+    quantisation: Annotated[str, typer.Option(help="Rows of the matrix, separated by commas.")] = "auto,fp32",
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Times each workload runs.", min=1)] = 2,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write all records to this file.")] = None,
+) -> None:
+    """Serve a small model, let it answer, measure it."""
+    from mxn.bench.arms import Arm, HttpArm
+    from mxn.bench.environment import manifest
+    from mxn.bench.records import Report, save
+    from mxn.bench.report import matrix, to_rich
+    from mxn.bench.workloads import PromptMaker, parse_workloads
+    from mxn.cli.bench import run
+    from mxn.cli.console import EXIT_FAILURE, err, out
+    from mxn.cli.converse import Turn, converse, http_client
+    from mxn.cli.own_server import own_server
+    from mxn.cli.power import local_readers
+    from mxn.cli.prepare import DEFAULT_MODEL
+
+    started_s = time.monotonic()
+    console, notes = out(), err()
+    name = model or DEFAULT_MODEL
+    arms: list[Arm] = []
+    with ExitStack() as stack:
+        for index, wanted in enumerate(quantisation.split(",")):
+            notes.print(f"[bold]Starting[/] mxn serve {name} --quantisation {wanted}")
+            server = stack.enter_context(own_server(name, ["--quantisation", wanted]))
+            arm = HttpArm(
+                server.subject(f"{server.backend} {server.quantisation}"), server.url, readers=local_readers(server.url)
+            )
+            stack.callback(arm.close)
+            arms.append(arm)
+            notes.print(f"  {server.url}: {server.backend}, {server.quantisation}, attention {server.attention}")
+            if index == 0:
+                folder, turn = server.folder, Turn()
+                console.print(f"\n[bold]Question:[/] {question}")
+                console.print("[bold]Answer:[/]", end=" ")
+                message = {"role": "user", "content": question}
+                with http_client() as client:
+                    for piece in converse(
+                        client, server.url, server.model, [message], turn, temperature=0, max_tokens=96
+                    ):
+                        console.print(piece, end="", markup=False, soft_wrap=True)
+                console.print(f"\n[dim]{turn.stats_text()}[/]\n")
+        records = run(arms, parse_workloads("quick"), PromptMaker(folder, seed=0), repetitions=repetitions)
+    console.print(to_rich(matrix(records)))
+    if json_path:
+        save(Report(manifest=manifest(seed=0), records=tuple(records)), json_path)
+    notes.print(f"[dim]{time.monotonic() - started_s:.0f} s in all. Next: mxn serve, mxn chat, mxn bench --help[/]")
+    if any(record.faults for record in records):
+        raise typer.Exit(EXIT_FAILURE)

@@ -1,0 +1,242 @@
+"""`mxn doctor`: checks the set-up line by line, each with what to do when it is not right."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import typer
+
+State = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor's report. `todo`: what to do when it is not ok."""
+
+    what: str
+    state: State
+    detail: str
+    todo: str = ""
+
+
+def doctor(
+    port: Annotated[int, typer.Option(help="Port that is to be free for serving.", min=0, max=65535)] = 8000,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check the set-up, and say what to do.
+
+    Versions, backends, compiler, kernels, power, memory, disk, models, network and port. Exits 1 when something fails.
+    """
+    from mxn.cli.console import EXIT_FAILURE, out, show_json
+
+    findings: list[Finding] = []
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    console = out()
+    for check in (_python, _packages, _backends, _compiler, _kernels, _power, _memory, _disk, _models, _network):
+        for finding in _guarded(check):
+            findings.append(finding)
+            if not json_output:
+                mark = f"[{colours[finding.state]}]{finding.state:<4}[/]"
+                console.print(mark, f"{finding.what}:", end=" ", soft_wrap=True)
+                console.print(finding.detail, markup=False, soft_wrap=True)
+                if finding.todo:
+                    console.print(f"     -> {finding.todo}", markup=False, soft_wrap=True)
+    for finding in _port(port):
+        findings.append(finding)
+        if not json_output:
+            console.print(f"[{colours[finding.state]}]{finding.state:<4}[/]", f"{finding.what}: {finding.detail}")
+            if finding.todo:
+                console.print(f"     -> {finding.todo}", markup=False)
+    if json_output:
+        show_json(findings)
+    if any(finding.state == "fail" for finding in findings):
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A check that breaks is itself a finding."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield Finding(check.__name__.strip("_"), "fail", f"the check broke: {type(error).__name__}: {error}")
+
+
+def _python() -> Iterator[Finding]:
+    import mxn
+
+    version = platform.python_version()
+    is_right = (3, 11) <= sys.version_info < (3, 15)
+    yield Finding(
+        "python",
+        "ok" if is_right else "fail",
+        f"{version} on {platform.system()} {platform.machine()}, mxn {mxn.__version__}",
+        "" if is_right else "mxn needs Python 3.11 to 3.14",
+    )
+
+
+def _packages() -> Iterator[Finding]:
+    """Compares what is installed with what mxn asks for, without importing any of it."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+
+    wrong, found = [], []
+    for line in requires("mxn") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": "cpu"}):
+            continue
+        try:
+            installed = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if requirement.name in ("torch", "transformers", "tokenizers", "fastapi", "uvicorn"):
+            found.append(f"{requirement.name} {installed}")
+        if not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
+    todo = "pip install 'mxn[cpu]' -c constraints.txt, or `make setup` in a checkout"
+    yield Finding("packages", "fail" if wrong else "ok", "; ".join(wrong or [", ".join(found)]), todo if wrong else "")
+
+
+def _backends() -> Iterator[Finding]:
+    from mxn.backends.registry import probe_all
+
+    active = []
+    for name, probe in probe_all().items():
+        if probe.state == "broken":
+            yield Finding(f"backend {name}", "fail", probe.reason)
+        elif name != "fake":
+            yield Finding(f"backend {name}", "ok", f"{probe.state}: {probe.reason}")
+            active += [name] * (probe.state == "active")
+    if not active:
+        yield Finding("backends", "fail", "none is active", "pip install 'mxn[cpu]' gives the CPU backend")
+
+
+def _compiler() -> Iterator[Finding]:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        yield Finding(
+            "compiler",
+            "warn",
+            "no g++ found: the fast CPU kernels cannot be built, models run on plain torch, several times slower",
+            "apt install g++ (or your system's package for it)",
+        )
+        return
+    first = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=10).stdout.splitlines()
+    yield Finding("compiler", "ok", first[0] if first else compiler)
+
+
+def _kernels() -> Iterator[Finding]:
+    """Asks in a process of its own, because asking imports torch."""
+    code = "from mxn.backends.cpu import kernel_report; print(kernel_report())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    if done.returncode == 0:
+        yield Finding("cpu kernels", "ok", done.stdout.strip())
+    else:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        yield Finding("cpu kernels", "warn", f"not usable: {last}", "models run on plain torch; install g++ 9 or newer")
+
+
+def _power() -> Iterator[Finding]:
+    from mxn.backends.registry import load_backend, probe_all
+    from mxn.energy.reader import ReaderKind
+
+    for name, probe in probe_all().items():
+        if probe.state != "active" or name == "fake":
+            continue
+        backend = load_backend(name)
+        for chip in backend.chips():
+            reader = backend.power(chip)
+            is_measured = reader.kind in (ReaderKind.COUNTER, ReaderKind.EXTERNAL, ReaderKind.SAMPLED)
+            yield Finding(f"power of {chip.uid}", "ok" if is_measured else "warn", f"{reader.name}: {reader.detail}")
+            reader.close()
+
+
+def _memory() -> Iterator[Finding]:
+    import psutil
+
+    from mxn.cli.console import size_text
+
+    memory = psutil.virtual_memory()
+    is_enough = memory.available >= 2 * 2**30
+    yield Finding(
+        "memory",
+        "ok" if is_enough else "warn",
+        f"{size_text(memory.available)} available of {size_text(memory.total)}, {len(os.sched_getaffinity(0))} cores",
+        "" if is_enough else "the default model wants about 2 GiB; close something or use --kv-gib 0.1",
+    )
+
+
+def _disk() -> Iterator[Finding]:
+    from mxn.cli.console import size_text
+    from mxn.config.environment import cache_dir
+
+    folder = cache_dir()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if not os.access(existing, os.W_OK):
+        yield Finding("cache", "fail", f"{folder} cannot be written", "set MXN_CACHE_DIR to a folder of yours")
+        return
+    is_enough = free >= 2 * 2**30
+    todo = "" if is_enough else "free some space or set MXN_CACHE_DIR to a larger disk"
+    yield Finding("cache", "ok" if is_enough else "warn", f"{folder}, {size_text(free)} free", todo)
+
+
+def _models() -> Iterator[Finding]:
+    from mxn.cli.console import size_text
+    from mxn.cli.prepare import DEFAULT_MODEL
+    from mxn.config.model_card import load_model_cards
+    from mxn.store.fetch import list_cached
+
+    cards = load_model_cards()
+    cached = list_cached()
+    names = ", ".join(f"{m.name} ({size_text(m.bytes)})" for m in cached) or "none"
+    is_here = any(m.name == DEFAULT_MODEL for m in cached)
+    yield Finding(
+        "models",
+        "ok" if is_here else "warn",
+        f"{len(cards)} cards; on this disk: {names}",
+        "" if is_here else f"mxn models pull {DEFAULT_MODEL} (about 100 MB) makes the first start quick",
+    )
+
+
+def _network() -> Iterator[Finding]:
+    from mxn.config.environment import hub_endpoint, is_offline
+
+    if is_offline():
+        yield Finding("network", "ok", "not used: MXN_OFFLINE is set")
+        return
+    from urllib.parse import urlsplit
+
+    host = urlsplit(hub_endpoint()).hostname or "huggingface.co"
+    try:
+        socket.create_connection((host, 443), timeout=3).close()
+    except OSError as error:
+        yield Finding(
+            "network",
+            "warn",
+            f"{host} cannot be reached ({error}): models from the hub cannot be fetched",
+            "the default model comes from the package index; set MXN_OFFLINE=1 to make that final",
+        )
+        return
+    yield Finding("network", "ok", f"{host} can be reached")
+
+
+def _port(port: int) -> Iterator[Finding]:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            yield Finding(
+                "port", "warn", f"127.0.0.1:{port} cannot be used: {error.strerror}", "use --port with another"
+            )
+            return
+    yield Finding("port", "ok", f"127.0.0.1:{port} is free")

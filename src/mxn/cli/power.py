@@ -1,0 +1,26 @@
+"""Power readers for servers that run on this machine."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from mxn.backends.registry import load_backend, probe_all
+from mxn.energy.reader import NullReader, PowerReader
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def local_readers(url: str) -> tuple[PowerReader, ...]:
+    """One reader per chip of this machine when the server runs here, else one that says why there is none."""
+    host = urlsplit(url).hostname or ""
+    if host not in LOOPBACK:
+        return (NullReader(f"{host} is another machine: its power cannot be read from here"),)
+    readers: dict[str, PowerReader] = {}
+    for name, probe in probe_all().items():
+        if probe.state != "active" or name == "fake":
+            continue
+        backend = load_backend(name)
+        for chip in backend.chips():
+            if chip.uid not in readers:
+                readers[chip.uid] = backend.power(chip)
+    return tuple(readers.values()) or (NullReader("no backend is active here, so nobody can say what draws power"),)

@@ -1,0 +1,106 @@
+"""From a deployment's settings to what a fleet can start: files on disk, a backend, a chip, a power source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pydantic import ValidationError
+
+from mxn.backends.base import Backend
+from mxn.backends.registry import installed_backends, load_backend
+from mxn.config.deployments import DeploymentConfig
+from mxn.core.chip import Chip
+from mxn.core.model import ModelSpec
+from mxn.energy.reader import PowerReader
+from mxn.errors import BackendError, ConfigError
+from mxn.fleet.deployment import DeploymentSpec
+
+PREFERENCE = ("cuda", "rocm", "onnx", "cpu")
+"""Backends that "auto" tries first, in this order; others follow by name. The fake one is never chosen by itself."""
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """A deployment that is ready to be started. `why`: how backend and chip were chosen."""
+
+    spec: DeploymentSpec
+    backend: Backend
+    chip: Chip
+    power: PowerReader
+    why: str
+
+
+def prepare(config: DeploymentConfig, progress: Callable[[str, float, str], None], *, max_queue: int = 256) -> Prepared:
+    """Fetches the model and chooses backend and chip.
+
+    Raises: ModelError, DownloadError, BackendError; each says what was found and what to do.
+    """
+    from mxn.store.fetch import fetch
+
+    model = fetch(config.model, progress=progress)
+    backend, chip, why = choose(config.backend, model.spec)
+    name = config.name or model.name
+    spec = DeploymentSpec(
+        name=name,
+        model=replace(model, name=name),
+        backend=backend.name,
+        chips=[chip],
+        settings=config.load_settings(),
+        max_queue=config.max_queue or max_queue,
+        stall_s=config.stall_s,
+    )
+    return Prepared(spec=spec, backend=backend, chip=chip, power=backend.power(chip), why=why)
+
+
+def deployment_config(**flags: object) -> DeploymentConfig:
+    """Checked settings from command-line flags; None means not given.
+
+    Raises: ConfigError that names each flag at fault, what was expected and what was got.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return DeploymentConfig.model_validate(given, strict=False)
+    except ValidationError as error:
+        faults = [
+            f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg'][0].lower() + e['msg'][1:]}, got {e['input']!r}"
+            for e in error.errors(include_url=False)
+        ]
+        raise ConfigError("\n".join(dict.fromkeys(faults))) from error
+
+
+def choose(name: str, model: ModelSpec) -> tuple[Backend, Chip, str]:
+    """The backend of that name, or for "auto" the first active one that runs the model, with its first chip that can.
+
+    Raises: BackendError with the reason of every refusal.
+    """
+    if name != "auto":
+        names = [name]
+    else:
+        known = [n for n in installed_backends() if n != "fake"]
+        names = sorted(known, key=lambda n: (PREFERENCE.index(n) if n in PREFERENCE else len(PREFERENCE), n))
+    refusals: list[str] = []
+    for candidate in names:
+        try:
+            backend = load_backend(candidate)
+        except BackendError as error:
+            if name != "auto":
+                raise
+            refusals.append(str(error))
+            continue
+        probe = backend.probe()
+        if probe.state != "active":
+            refusals.append(f"{candidate} is {probe.state}: {probe.reason}")
+            continue
+        for chip in backend.chips():
+            support = backend.supports(model, chip)
+            if support.verdict == "no":
+                refusals.append(f"{candidate} on {chip.uid} cannot run it: {'; '.join(support.reasons)}")
+                continue
+            why = "as asked" if name != "auto" else "first active backend that runs the model"
+            if support.verdict == "degraded":
+                why += f"; degraded: {'; '.join(support.reasons)}"
+            return backend, chip, why + "".join(f"; {refusal}" for refusal in refusals)
+    raise BackendError(f"no backend can run this {model.architecture} model:\n" + "\n".join(f"- {r}" for r in refusals))

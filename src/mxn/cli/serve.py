@@ -1,0 +1,245 @@
+"""`mxn serve`: one model by name, or all deployments of an mxn.yaml, behind an OpenAI-compatible API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mxn.cli.prepare import Prepared
+    from mxn.cli.progress import Phases
+    from mxn.config.deployments import DeploymentConfig, DeploymentsFile
+    from mxn.engine.messages import ReplicaInfo
+    from mxn.fleet.fleet import Fleet
+    from mxn.server.settings import ServerSettings
+
+
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL | mxn.yaml]",
+            help="Card name, hub id (org/name), local folder, .gguf file, or a YAML file. Default: smollm2-135m-instruct.",
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on; any but a loopback address needs an API key. Default: 127.0.0.1."),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on; 0 lets the system choose. Default: 8000.", min=0, max=65535)
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(help="Key that clients must send; may be repeated. MXN_API_KEY keeps it out of process lists."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Backend; auto takes the best one that is active.")] = None,
+    quantisation: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16, int8 or int4.")] = None,
+    context: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.", min=1)] = None,
+    kv_gib: Annotated[float | None, typer.Option(help="Memory for the KV cache.", min=0.001)] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU.", min=1)] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences in one step at most.", min=1)] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Tokens computed in one step at most.", min=1)] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Requests that may wait; more get 429.", min=1)] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache", help="Whether prompts that begin alike share work.", show_default=False
+        ),
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="Attention backend, or auto.")] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print one line of JSON when ready, instead of text.")
+    ] = False,
+) -> None:
+    """Serve a model, or all of an mxn.yaml.
+
+    Ends on Ctrl-C or SIGTERM, and lets running requests finish; a second signal ends at once.
+    """
+    from mxn.errors import ConfigError
+
+    flags = {
+        "name": name,
+        "backend": backend,
+        "quantisation": quantisation,
+        "context_length": context,
+        "kv_gib": kv_gib,
+        "threads": threads,
+        "max_num_seqs": max_num_seqs,
+        "max_step_tokens": max_step_tokens,
+        "max_queue": max_queue,
+        "prefix_cache": prefix_cache,
+        "attention": attention,
+    }
+    given = [
+        f"--{flag.removesuffix('_length').replace('_', '-')}" for flag, value in flags.items() if value is not None
+    ]
+    file = _read(model, flags)
+    if given and _is_file(model):
+        raise ConfigError(f"{', '.join(given)} cannot be combined with {model}: write it into the file instead")
+    settings = _settings(file, api_key or [])
+    where = (host or file.server.host, file.server.port if port is None else port)
+    raise typer.Exit(_run(file, settings, where, json_output=json_output))
+
+
+def _run(file: DeploymentsFile, settings: ServerSettings, where: tuple[str, int], *, json_output: bool) -> int:
+    from mxn.cli.logs import set_up_logging
+    from mxn.cli.prepare import prepare
+    from mxn.cli.progress import Phases
+    from mxn.server.run import check_address
+
+    set_up_logging()
+    check_address(where[0], settings)
+    with Phases() as phases:
+        prepared = [prepare(d, phases, max_queue=file.server.max_queue) for d in file.deployments]
+        try:
+            return asyncio.run(_serve(prepared, settings, where, phases, json_output=json_output))
+        finally:
+            for one in prepared:
+                one.power.close()
+
+
+async def _serve(
+    prepared: list[Prepared], settings: ServerSettings, where: tuple[str, int], phases: Phases, *, json_output: bool
+) -> int:
+    """Opens the port at once, so that probes see the loading, and tells the user when it is done."""
+    from mxn.errors import BackendError
+    from mxn.fleet.fleet import Fleet
+    from mxn.server.app import build_app
+    from mxn.server.run import serve as serve_http
+
+    fleet = Fleet([one.spec for one in prepared])
+    url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    serving = asyncio.create_task(
+        serve_http(build_app(fleet, settings), *where, on_started=lambda base: url.set_result(f"{base}/v1"))
+    )
+    either: set[asyncio.Future[Any]] = {serving, url}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        if serving.done():
+            return await serving
+        loading = asyncio.create_task(_load(fleet, phases))
+        either = {serving, loading}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+        elif not any(deployment.is_ready for deployment in fleet.deployments):
+            signal.raise_signal(signal.SIGTERM)  # ends the server as any other stop does
+            await serving
+            raise BackendError("; ".join(f"{d.name} could not be loaded: {d.reason}" for d in fleet.deployments))
+        else:
+            _announce(fleet, prepared, await url, settings, json_output=json_output)
+        return await serving
+    finally:
+        await fleet.stop(settings.drain_s)
+
+
+async def _load(fleet: Fleet, phases: Phases) -> None:
+    """Starts the fleet and passes its progress on."""
+    starting = asyncio.create_task(fleet.start())
+    many = len(fleet.deployments) > 1
+    try:
+        while not starting.done():
+            for d in fleet.deployments:
+                if d.state == "loading" and d.load_phase:
+                    phases(f"{d.name}: {d.load_phase}" if many else d.load_phase, d.load_fraction)
+            await asyncio.wait({starting}, timeout=0.1)
+        await starting
+        phases("ready", 1.0)
+    finally:
+        starting.cancel()
+
+
+def _announce(fleet: Fleet, prepared: list[Prepared], url: str, settings: ServerSettings, *, json_output: bool) -> None:
+    """Tells what is served, what was chosen and how to use it."""
+    ready = [(d, one) for d, one in zip(fleet.deployments, prepared, strict=True) if d.info is not None]
+    if json_output:
+        deployments = [_facts(d.name, d.info, one) for d, one in ready if d.info is not None]
+        print(json.dumps({"url": url, "deployments": deployments}), flush=True)
+        return
+    from mxn.cli.console import out
+
+    console = out()
+    for deployment in fleet.deployments:
+        if deployment.info is None:
+            console.print(f"{deployment.name} failed: {deployment.reason}", style="red", markup=False, soft_wrap=True)
+    for deployment, one in ready:
+        if deployment.info is None:
+            continue
+        console.print(f"\n{deployment.name} is served at {url}", style="bold", markup=False)
+        for what, text in _lines(deployment.info, one):
+            console.print(f"  {what:<13} {text}", markup=False, soft_wrap=True)
+    first = ready[0][0].name
+    key = ' -H "Authorization: Bearer $MXN_API_KEY"' if settings.api_keys else ""
+    body = json.dumps({"model": first, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    console.print("\nTry it:", markup=False)
+    console.print(
+        f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'",
+        markup=False,
+        soft_wrap=True,
+    )
+    console.print("Ctrl-C stops it.", markup=False)
+
+
+def _lines(info: ReplicaInfo, one: Prepared) -> list[tuple[str, str]]:
+    from mxn.cli.console import size_text
+
+    chip = one.chip
+    threads = f", {info.threads} threads" if info.threads else ""
+    context = f"{info.max_context:,} tokens; KV cache {size_text(info.kv_bytes)} = {info.num_blocks:,} blocks"
+    seconds = "".join(f", {phase} {s:.1f}" for phase, s in info.load_s.items())
+    return [
+        ("backend", f"{info.backend} on {chip.uid} ({chip.name}, {chip.cores} cores{threads}): {one.why}"),
+        ("attention", info.attention),
+        ("quantisation", f"{info.quantisation}, weights {size_text(info.weight_bytes)}"),
+        ("context", f"{context} of {info.block_size} tokens"),
+        ("power", f"{one.power.name} ({one.power.kind}): {one.power.detail}"),
+        ("loaded in", f"{sum(info.load_s.values()):.1f} s{seconds}"),
+        *(("note", note) for note in info.notes),
+    ]
+
+
+def _facts(name: str, info: ReplicaInfo | None, one: Prepared) -> dict[str, object]:
+    import msgspec
+
+    return {
+        "name": name,
+        "folder": one.spec.model.folder,
+        "chip": one.chip.uid,
+        "why": one.why,
+        "power": {"source": one.power.name, "kind": str(one.power.kind), "detail": one.power.detail},
+        **msgspec.to_builtins(info),
+    }
+
+
+def _is_file(model: str | None) -> bool:
+    return model is not None and model.endswith((".yaml", ".yml"))
+
+
+def _read(model: str | None, flags: Mapping[str, object]) -> DeploymentsFile:
+    """The deployments of a YAML file, or one made of the command line."""
+    from mxn.cli.prepare import DEFAULT_MODEL, deployment_config
+    from mxn.config.deployments import DeploymentsFile, load_deployments
+
+    if model is not None and _is_file(model):
+        return load_deployments(Path(model))
+    config: DeploymentConfig = deployment_config(model=model or DEFAULT_MODEL, **flags)
+    return DeploymentsFile(deployments=(config,))
+
+
+def _settings(file: DeploymentsFile, keys: list[str]) -> ServerSettings:
+    from mxn.config.environment import api_keys
+    from mxn.server.settings import MIB, ServerSettings
+
+    return ServerSettings(
+        api_keys=tuple(dict.fromkeys((*keys, *file.server.api_keys, *api_keys()))),
+        max_body_bytes=int(file.server.max_body_mib * MIB),
+        drain_s=file.server.drain_s,
+    )
