@@ -136,8 +136,8 @@ class ModelCard(Checked):
     licence: Licence | None = None
     chat: bool | None = None
     """True when it was trained to follow a conversation and has a chat template."""
-    gated: bool = False
-    """True when the hub wants its terms accepted and a token."""
+    gated: bool | None = None
+    """True when the hub wants its terms accepted and a token; null when nobody checked."""
     ignores_remote_code: bool = False
     """True when transformers has the architecture itself, so code named by the repository is never fetched."""
     notes: str | None = None
