@@ -1,4 +1,4 @@
-"""Kernels for mxn, usable without it: one op per file, each a public wrapper beside a plain-torch reference of the same arguments.
+"""Kernels for mxn, usable without it: one op per file, a public wrapper beside a plain-torch reference.
 
 The CPU ops are C++ built on first use (`mxn_kernels.cpu`). Nothing here imports mxn.
 """

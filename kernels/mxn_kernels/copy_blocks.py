@@ -11,7 +11,10 @@ from mxn_kernels.paged_attention import LayerCache
 
 
 def copy_blocks(cache: LayerCache, moves: Sequence[tuple[int, int]], *, workspace: Workspace) -> None:
-    """Args: moves: (source, destination) block ids. Raises: ValueError naming a block outside the cache; nothing is copied then."""
+    """Args: moves: (source, destination) block ids.
+
+    Raises: ValueError naming a block outside the cache; nothing is copied then.
+    """
     _check(cache, moves)
     if not moves:
         return

@@ -1,4 +1,4 @@
-"""y = x W^T + bias with 8-bit weights and activations: one scale per output channel, one per row of x, sums exact in int32."""
+"""y = x W^T + bias in 8 bits: one scale per output channel, one per row of x, sums exact in int32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SMALLEST = 1e-30
 
 
 class _Struct(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("panels", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),

@@ -1,4 +1,4 @@
-"""Attention over a paged KV cache in half precision: writes a step's keys and values, then attends causally per sequence.
+"""Attention over a paged half-precision KV cache: writes a step's keys and values, then attends causally.
 
 Cache layout, for sub-blocks of sixteen tokens: keys [block][kv_head][block_size / 16][key_dim][16], values
 [block][kv_head][block_size][value_pitch], where the pitch is value_dim rounded up to 16.
@@ -17,7 +17,7 @@ LANES = 16
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
         *[(name, ctypes.c_int32) for name in ("num_blocks", "block_size", "num_kv_heads")],
@@ -26,18 +26,18 @@ class _Layer(ctypes.Structure):
 
 
 class _Batch(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *[(name, ctypes.c_void_p) for name in ("query_starts", "context_lens", "block_table", "slot_mapping")],
         *[(name, ctypes.c_int32) for name in ("num_tokens", "num_seqs", "max_blocks")],
     ]
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("head_stride", ctypes.c_int64), ("token_stride", ctypes.c_int64)]  # noqa: RUF012
+    _fields_ = [("data", ctypes.c_void_p), ("head_stride", ctypes.c_int64), ("token_stride", ctypes.c_int64)]
 
 
 class _Operands(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("query", _Rows),
         ("key", _Rows),
         ("value", _Rows),
@@ -51,7 +51,7 @@ class _Operands(ctypes.Structure):
 
 
 class _Fault(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "index", "found", "limit")]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_int32) for name in ("kind", "index", "found", "limit")]
 
 
 _FAULTS = {
@@ -125,7 +125,7 @@ class LayerCache:
 class PagedBatch:
     """A step's batch, checked and laid out once for all layers. Holds the tensors, which must not change meanwhile.
 
-    Args, all int32 and contiguous: query_starts (S + 1), context_lens (S), block_table (S, max_blocks), slot_mapping (T).
+    Args, int32 and contiguous: query_starts (S + 1), context_lens (S), block_table (S, max_blocks), slot_mapping (T).
     Raises: ValueError naming the tensor that does not fit.
     """
 
@@ -169,8 +169,9 @@ def paged_attention(
 ) -> torch.Tensor:
     """Writes keys and values at the batch's slots, then attends.
 
-    Args: query (num_heads, T, key_dim), key (num_kv_heads, T, key_dim), value (num_kv_heads, T, value_dim), float32, last
-      dimension contiguous, other strides free. window: tokens a query sees including itself. sinks (num_heads,) float32.
+    Args: query (num_heads, T, key_dim), key (num_kv_heads, T, key_dim), value (num_kv_heads, T, value_dim): float32,
+      last dimension contiguous, other strides free. window: tokens a query sees including itself.
+      sinks (num_heads,) float32: raw logits added to each softmax's denominator.
     Returns: (T, num_heads, value_dim) float32, contiguous. A row depends on its own sequence alone, bit for bit.
     Raises: ValueError on shapes, types, or any index outside the cache; nothing is written then.
     """

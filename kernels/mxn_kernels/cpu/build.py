@@ -1,7 +1,7 @@
 """Builds the CPU kernel library for the CPU at hand and keeps it in the user's cache.
 
-The file name holds a digest of the sources, the flags, the compiler's version and the CPU, so a binary made with -march=native is
-never run on another CPU, and a changed source is never served by an old binary.
+The file name holds a digest of the sources, the flags, the compiler's version and the CPU, so a binary made with
+-march=native is never run on another CPU, and a changed source is never served by an old binary.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from mxn_kernels import environment
 from mxn_kernels.cpu import gemm_tiles
 from mxn_kernels.errors import KernelUnavailable
 
@@ -76,10 +77,10 @@ def best_isa(cpu: Cpu | None = None) -> str:
     return cpu.isas()[0]
 
 
-def build(isa: str, *, extra_flags: tuple[str, ...] = (), rebuild: bool = False) -> Path:
-    """Returns the path of the library, built now if the cache lacks it (about five seconds).
+def build(isa: str, *, extra_flags: tuple[str, ...] = ()) -> Path:
+    """Returns the path of the library, built now if the cache lacks it or holds a damaged one (about five seconds).
 
-    Args: isa: a key of ISAS. extra_flags: for sanitizer builds. rebuild: replace what the cache holds.
+    Args: isa: a key of ISAS. extra_flags: for sanitizer builds.
     Raises: KernelUnavailable naming what is missing: instruction set, compiler, or a folder to write to.
     """
     cpu = Cpu.detect()
@@ -91,7 +92,7 @@ def build(isa: str, *, extra_flags: tuple[str, ...] = (), rebuild: bool = False)
     folder = _cache_folder()
     path = folder / name
     with _lock(folder / f"{name}.lock"):
-        if rebuild or not path.exists():
+        if not _is_whole(path):
             _compile(compiler, flags, path)
     return path
 
@@ -104,7 +105,7 @@ def _digest(flags: tuple[str, ...], version: str, cpu: Cpu) -> str:
 
 
 def _compiler() -> tuple[str, str]:
-    wanted = [name for name in (os.environ.get("CXX"), "g++", "c++") if name]
+    wanted = [name for name in (environment.compiler(), "g++", "c++") if name]
     for name in wanted:
         command = shutil.which(name)
         if command:
@@ -116,13 +117,12 @@ def _compiler() -> tuple[str, str]:
 
 def _cache_folder() -> Path:
     """The user's cache, or a private temporary folder if that cannot be written."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    preferred = Path(root) / "mxn" / "kernels"
+    preferred = environment.cache_home() / "mxn" / "kernels"
     try:
         preferred.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=preferred):
             return preferred
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         reason = error
     fallback = Path(tempfile.gettempdir()) / f"mxn-kernels-{os.getuid()}"
     try:
@@ -161,4 +161,19 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
             raise KernelUnavailable(f"{compiler} did not finish in {BUILD_TIMEOUT_S} s") from error
         if done.returncode != 0:
             raise KernelUnavailable(f"{compiler} failed on the CPU kernels:\n{done.stderr.strip()[-2000:]}")
-        os.replace(work / path.name, path)
+        built = work / path.name
+        built.write_bytes(_sealed(built.read_bytes()))
+        os.replace(built, path)
+
+
+def _sealed(library: bytes) -> bytes:
+    """The library with its own digest at the end, where the loader does not look: a torn file would crash it."""
+    return library + hashlib.sha256(library).digest()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        found = path.read_bytes()
+    except OSError:
+        return False
+    return found == _sealed(found[: -hashlib.sha256().digest_size])

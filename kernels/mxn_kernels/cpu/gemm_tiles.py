@@ -1,7 +1,7 @@
 """Writes the inner loops of the int8 matrix product as C++ text, one function per number of rows.
 
-Why text: GCC 12 spills accumulators that are held in arrays, which halves the rate of the widest loops. Named variables and an
-inline-assembly dot product stay in registers.
+Why text: GCC 12 spills accumulators that are held in arrays, which halves the rate of the widest loops. Named variables
+and an inline-assembly dot product stay in registers.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class Library:
     def __init__(self, isa: str, path: Path) -> None:
         self.isa = isa
         self.path = path
-        # PyDLL keeps the interpreter lock: a step makes hundreds of calls of a few microseconds, and giving the lock away each time lets
-        # another thread hold it for milliseconds.
+        # PyDLL keeps the interpreter lock: a step makes hundreds of calls of a few microseconds, and giving the lock
+        # away each time lets another thread hold it for milliseconds.
         self._dll = ctypes.PyDLL(str(path))
         for name, (result, arguments) in ENTRY_POINTS.items():
             function = getattr(self._dll, name)
@@ -52,10 +52,7 @@ def load_library(isa: str | None = None) -> Library:
     Raises: KernelUnavailable with the reason.
     """
     isa = isa or best_isa()
-    try:
-        return Library(isa, build(isa))
-    except (OSError, AttributeError):  # a damaged file in the cache: build it again, once
-        path = build(isa, rebuild=True)
+    path = build(isa)
     try:
         return Library(isa, path)
     except (OSError, AttributeError) as error:
@@ -83,7 +80,7 @@ _MADV_HUGEPAGE = 14
 
 
 def aligned_empty(num_bytes: int) -> torch.Tensor:
-    """Uninitialised uint8 memory, 64-byte aligned; from 2 MiB on it starts at a huge page and asks the kernel for such pages."""
+    """Uninitialised uint8 memory, 64-byte aligned; from 2 MiB on aligned to huge pages, which it asks for."""
     step = _HUGE_PAGE if num_bytes >= _HUGE_PAGE else 64
     raw = torch.empty(num_bytes + step, dtype=torch.uint8)
     start = -raw.data_ptr() % step

@@ -6,11 +6,24 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from mxn_kernels import KernelUnavailable
 from mxn_kernels.copy_blocks import copy_blocks
-from mxn_kernels.cpu import Workspace
+from mxn_kernels.cpu import Workspace, load_library
 from mxn_kernels.paged_attention import LayerCache, PagedBatch, paged_attention
 
 from mxn.attention.base import AttentionBackend, AttentionMetadata, LayerKV
+from mxn.errors import KernelUnavailableError
+
+
+def prepare_cpu_kernels(isa: str | None = None) -> str:
+    """Builds the kernel library if the cache lacks it (seconds), loads it, and returns its instruction set.
+
+    Raises: KernelUnavailableError with the reason: no compiler, no folder to write to, or an unfit CPU.
+    """
+    try:
+        return load_library(isa).isa
+    except KernelUnavailable as error:
+        raise KernelUnavailableError(str(error)) from error
 
 
 class PagedCpuAttention(AttentionBackend):
@@ -29,9 +42,10 @@ class PagedCpuAttention(AttentionBackend):
     ) -> None:
         """Args: threads: None for torch's number. isa: instruction set to build for, None for the CPU's best.
 
-        Raises: mxn_kernels.KernelUnavailable with the reason; ValueError if block_size is not a multiple of 16.
+        Raises: KernelUnavailableError with the reason; ValueError if block_size is not a multiple of 16.
         """
         super().__init__(layers, num_blocks, block_size)
+        prepare_cpu_kernels(isa)
         self.workspace = Workspace(threads or torch.get_num_threads(), isa)
         self.caches = [
             LayerCache.allocate(
@@ -47,7 +61,7 @@ class PagedCpuAttention(AttentionBackend):
         self._batch: PagedBatch | None = None
 
     @classmethod
-    def bytes_per_block(cls, layers: Sequence[LayerKV], block_size: int) -> int:
+    def bytes_per_block(cls, layers: Sequence[LayerKV], block_size: int, **options: object) -> int:
         return sum(
             LayerCache.bytes_per_block(
                 block_size=block_size,

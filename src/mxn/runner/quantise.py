@@ -1,7 +1,7 @@
-"""8-bit weights for any decoder: linear layers and RMS norms of a loaded model are replaced by the kernels of `mxn_kernels`.
+"""8-bit weights for any decoder: a loaded model's linear layers and RMS norms become kernels of `mxn_kernels`.
 
-Nothing is replaced on trust. Each new module is compared with the one it replaces on random input, and what differs stays as it was
-and is named in the report.
+Nothing is replaced on trust. Each new module is compared with the one it replaces on random input; what differs stays
+as it was and is named in the report.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from mxn.attention.paged import prepare_cpu_kernels
 from mxn.errors import ModelError
 
 MAX_LINEAR_ERROR = 0.05
-"""Relative error in the 2-norm on normal input above which a layer keeps its floats. int8 gives 0.01 on well-behaved weights."""
+"""Relative error (2-norm, normal input) above which a layer keeps its floats; well-behaved weights give 0.01."""
 
 MAX_NORM_ERROR = 1e-4
 """Relative error of a norm: both sides compute in float32, so only the order of summation differs."""
@@ -39,10 +40,9 @@ class QuantisationReport:
     float_bytes: int = 0
     kept: list[str] = field(default_factory=list)
 
-    def lines(self) -> list[str]:
-        """For the log and the replica's notes."""
-        head = f"int8 ({self.isa}): {self.linears} linear layers, {self.norms} norms; {len(self.kept)} modules kept as they were"
-        return [head, *self.kept]
+    def __str__(self) -> str:
+        done = f"int8 ({self.isa}): {self.linears} linear layers and {self.norms} norms replaced, {len(self.kept)} kept"
+        return "; ".join([done, *self.kept])
 
 
 class Int8Linear(nn.Module):
@@ -52,6 +52,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = weight.k, weight.n
         self.packed, self.workspace = weight, workspace
+        for name in ("panels", "scales", "bias"):  # so that whoever sums up a model's memory finds them
+            self.register_buffer(f"packed_{name}", getattr(weight, name), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype is torch.float32:
@@ -80,11 +82,12 @@ class KernelRMSNorm(nn.Module):
 def quantise_int8(model: nn.Module, *, threads: int, isa: str | None = None) -> QuantisationReport:
     """Replaces linear layers (the output head too) and RMS norms in place; every other parameter becomes float32.
 
-    A head tied to the embedding gets its own 8-bit copy, the embedding stays. Experts stored as stacked 3-D parameters stay in float32.
-    Float weights are freed layer by layer.
+    A head tied to the embedding gets its own 8-bit copy, the embedding stays. Experts stored as stacked 3-D parameters
+    stay in float32. Float weights are freed layer by layer.
 
-    Raises: ModelError naming a tensor that holds NaN or infinity; mxn_kernels.KernelUnavailable with the reason.
+    Raises: ModelError naming a tensor that holds NaN or infinity; KernelUnavailableError with the reason.
     """
+    prepare_cpu_kernels(isa)
     workspace = Workspace(threads, isa)
     report = QuantisationReport(isa=workspace.library.isa)
     generator = torch.Generator().manual_seed(0)

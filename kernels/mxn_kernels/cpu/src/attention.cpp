@@ -120,6 +120,7 @@ extern "C" int mxn_paged_attention(Workspace* space, Plan* plan, const LayerCach
 
     std::atomic<size_t> next{0};
     auto run = [&](int thread, int count) {
+        FlushDenormals guard;
         if (!write_alone) {
             Share mine(batch->num_tokens, thread, count);
             for (int64_t t = mine.first; t < mine.last; t++) write_token(call, t);

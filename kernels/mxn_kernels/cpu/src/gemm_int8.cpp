@@ -224,6 +224,7 @@ extern "C" int mxn_int8_linear(Workspace* space, const Int8Weight* w, const floa
 
     std::atomic<int64_t> next{0};
     auto run = [&](int thread, int threads) {
+        FlushDenormals guard;
         Activations input = common;
         if (division.quantise_alone) {
             lay_out(space->own[thread].base, &input);

@@ -5,6 +5,7 @@
 #include "workspace.h"
 
 static void rms_norm_row(const float* x, const float* weight, int width, float eps, float offset, float* y) {
+    FlushDenormals guard;
     Vec16 sum = zero16();
     int tail = width % LANES, whole = width - tail;
     for (int i = 0; i < whole; i += LANES) {

@@ -139,4 +139,11 @@ MXN_INLINE Vec16 tanh(Vec16 x) {
     return sub(one, div(set16(2.f), add(exp(add(x, x)), one)));
 }
 
+// Treats denormals as zero while it lives. Threads differ in what they were started with, results must not.
+struct FlushDenormals {
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+};
+
 MXN_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }

@@ -1,0 +1,20 @@
+"""Workspaces over every instruction set this CPU can run, each a library of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+from mxn_kernels import KernelUnavailable
+from mxn_kernels.cpu import ISAS, Workspace, load_library
+
+
+@pytest.fixture(params=list(ISAS))
+def workspace(request: pytest.FixtureRequest) -> Workspace:
+    """Two threads, so that every path that divides work is taken."""
+    try:
+        assert load_library(request.param).isa == request.param
+    except KernelUnavailable as error:
+        pytest.skip(f"{request.param}: {error}")
+    return Workspace(2, request.param)
