@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-torch = pytest.importorskip("torch")
+import torch
 
 from mxn.attention.base import AttentionMetadata, LayerKV
 from mxn.attention.paged import PagedCpuAttention, prepare_cpu_kernels

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
-pytest.importorskip("torch")
-
 from mxn_kernels import KernelUnavailable
 from mxn_kernels.cpu import ISAS, Workspace, load_library
 

@@ -40,9 +40,10 @@ class QuantisationReport:
     float_bytes: int = 0
     kept: list[str] = field(default_factory=list)
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
+        """For the log and the replica's notes."""
         done = f"int8 ({self.isa}): {self.linears} linear layers and {self.norms} norms replaced, {len(self.kept)} kept"
-        return "; ".join([done, *self.kept])
+        return [done, *self.kept]
 
 
 class Int8Linear(nn.Module):
