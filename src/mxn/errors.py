@@ -1,4 +1,4 @@
-"""Every error a user, a file, a client or a driver can cause. Each message says: found, expected, available, what to do."""
+"""Every error a user, a file, a client or a driver can cause; messages say found, expected, available, what to do."""
 
 from __future__ import annotations
 

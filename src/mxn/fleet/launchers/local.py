@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 import sys
 from dataclasses import dataclass
+
+from mxn.config.environment import child_environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ async def launch(environment: dict[str, str] | None = None) -> LocalProcess:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, **(environment or {})},
+            env=child_environment(environment or {}),
             start_new_session=True,  # Ctrl-C reaches the gateway only, which then drains its replicas
         )
     except BaseException:
