@@ -174,9 +174,10 @@ def load_model_cards(folder: Path | None = None) -> dict[str, ModelCard]:
 
 
 def find_model_card(cards: Mapping[str, ModelCard], name: str) -> ModelCard | None:
-    """The card with this name or alias, whatever its case; None when there is none."""
+    """The card with this name or alias, whatever its case; a name counts more than an alias, the user's more than ours."""
     wanted = name.lower()
-    for card in cards.values():
-        if wanted in (card.name.lower(), *(alias.lower() for alias in card.aliases)):
+    latest_first = list(reversed(cards.values()))
+    for card in latest_first:
+        if card.name.lower() == wanted:
             return card
-    return None
+    return next((card for card in latest_first if wanted in (alias.lower() for alias in card.aliases)), None)
