@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from mxn.bench.workloads import WORDS
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.fleet.deployment import DeploymentSpec
@@ -74,3 +75,29 @@ def fake_deployment(fake_model: Model) -> Callable[..., DeploymentSpec]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_word_tokenizer() -> Callable[..., Path]:
+    """Writes a byte-level tokenizer.json in which every word of the benchmark's prompts is one token."""
+
+    def write(folder: Path, *, with_bos: bool = False) -> Path:
+        backend = tokenizers.Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=3000,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator([" " + word for word in WORDS.split()] * 3, trainer)
+        if with_bos:
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], 0)]
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        backend.save(str(folder / "tokenizer.json"))
+        return folder
+
+    return write

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 from mxn.backends.fake import FakeBackend
@@ -6,11 +7,11 @@ from mxn.bench.runner import measure
 from mxn.bench.workloads import PromptMaker, parse_workloads
 from mxn.core.model import LoadSettings, Model, ModelSpec
 
-from .tokenizer import write_tokenizer
 
-
-async def test_engine_in_process_runs_the_same_workloads(tmp_path: Path) -> None:
-    prompts = PromptMaker(write_tokenizer(tmp_path), seed=0)
+async def test_engine_in_process_runs_the_same_workloads(
+    tmp_path: Path, write_word_tokenizer: Callable[..., Path]
+) -> None:
+    prompts = PromptMaker(write_word_tokenizer(tmp_path), seed=0)
     spec = ModelSpec(
         architecture="llama",
         num_layers=1,

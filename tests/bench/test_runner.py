@@ -1,5 +1,6 @@
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,6 @@ from mxn.core.quantity import Provenance
 from mxn.energy.reader import NullReader, PowerReader
 from mxn.energy.replay import ReplayReader
 from mxn.errors import ConfigError
-
-from .tokenizer import write_tokenizer
 
 
 class ScriptedArm:
@@ -51,8 +50,8 @@ class ScriptedArm:
 
 
 @pytest.fixture
-def prompts(tmp_path: Path) -> PromptMaker:
-    return PromptMaker(write_tokenizer(tmp_path), seed=0)
+def prompts(tmp_path: Path, write_word_tokenizer: Callable[..., Path]) -> PromptMaker:
+    return PromptMaker(write_word_tokenizer(tmp_path), seed=0)
 
 
 async def test_known_speed_and_power_come_out_exactly(prompts: PromptMaker) -> None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -5,13 +6,13 @@ import pytest
 from mxn.bench.workloads import WORKLOADS, PromptMaker, parse_workloads
 from mxn.errors import ConfigError, ModelError
 
-from .tokenizer import write_tokenizer
-
 
 @pytest.mark.parametrize("with_bos", [False, True])
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_prompts_have_exactly_the_asked_tokens(tmp_path: Path, name: str, with_bos: bool) -> None:
-    maker = PromptMaker(write_tokenizer(tmp_path, with_bos=with_bos), seed=0)
+def test_prompts_have_exactly_the_asked_tokens(
+    tmp_path: Path, name: str, with_bos: bool, write_word_tokenizer: Callable[..., Path]
+) -> None:
+    maker = PromptMaker(write_word_tokenizer(tmp_path, with_bos=with_bos), seed=0)
     workload = WORKLOADS[name]
     prompts = maker.make(workload)
     ids = [maker.encode(prompt) for prompt in prompts]
@@ -20,8 +21,10 @@ def test_prompts_have_exactly_the_asked_tokens(tmp_path: Path, name: str, with_b
     assert len(set(prompts)) == len(prompts)
 
 
-def test_each_repetition_gets_a_fresh_prefix_and_the_same_seed_the_same_prompts(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path)
+def test_each_repetition_gets_a_fresh_prefix_and_the_same_seed_the_same_prompts(
+    tmp_path: Path, write_word_tokenizer: Callable[..., Path]
+) -> None:
+    folder = write_word_tokenizer(tmp_path)
     maker = PromptMaker(folder, seed=0)
     first, second = maker.make(WORKLOADS["W4"]), maker.make(WORKLOADS["W4"])
     assert first[0][:100] != second[0][:100]

@@ -58,22 +58,64 @@ class _Models(msgspec.Struct):
     data: list[_Listed]
 
 
-async def served_models(base_url: str, api_key: str | None = None) -> list[str]:
-    """Names of the models that a server lists.
+class _Replica(msgspec.Struct):
+    attention: str
+    quantisation: str
+    threads: int | None
+    notes: list[str]
 
-    Raises: TransportError when it cannot be reached; ConfigError when the answer is not a model list.
+
+class _Deployment(msgspec.Struct):
+    model: str
+    backend: str
+    replica: _Replica | None
+
+
+class _Status(msgspec.Struct):
+    deployments: list[_Deployment]
+
+
+async def describe(base_url: str, label: str, *, model: str | None = None, api_key: str | None = None) -> Subject:
+    """What a server serves: `model`, or the first one it lists; an mxn server also tells how it runs it.
+
+    Raises: TransportError when it cannot be reached; ConfigError when it lists no such model.
     """
-    pool, parts = ConnectionPool(base_url.rstrip("/")), bytearray()
+    pool = ConnectionPool(base_url.rstrip("/"))
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        status = await pool.exchange(
-            "GET", "/models", headers=headers, body=b"", sink=lambda data, _: parts.extend(data), timeout_s=30
-        )
+        listed = await _get(pool, "/models", headers, _Models)
+        if not isinstance(listed, _Models) or not listed.data:
+            raise ConfigError(f"{base_url}/models is not an OpenAI model list; does the URL end in /v1?")
+        names = [one.id for one in listed.data]
+        if model is not None and model not in names:
+            raise ConfigError(f"{base_url} does not serve {model}; it lists {', '.join(names)}")
+        name = model or names[0]
+        status = await _get(pool, "/mxn/status", headers, _Status)
     finally:
         pool.close()
+    for deployment in status.deployments if isinstance(status, _Status) else ():
+        replica = deployment.replica
+        if deployment.model == name and replica is not None:
+            return Subject(
+                label=label,
+                model=name,
+                interface="HTTP",
+                backend=deployment.backend,
+                attention=replica.attention,
+                quantisation=replica.quantisation,
+                threads=replica.threads,
+                notes=tuple(replica.notes),
+            )
+    return Subject(label=label, model=name, interface="HTTP")
+
+
+async def _get(pool: ConnectionPool, path: str, headers: dict[str, str], kind: type) -> object:
+    """The answer as `kind`, or None when it is something else."""
+    parts = bytearray()
+    status = await pool.exchange(
+        "GET", path, headers=headers, body=b"", sink=lambda data, _: parts.extend(data), timeout_s=30
+    )
     try:
-        if status != 200:
-            raise ConfigError(f"{base_url}/models answers HTTP {status}: {parts[:200].decode(errors='replace')}")
-        return [model.id for model in msgspec.json.decode(bytes(parts), type=_Models).data]
-    except msgspec.DecodeError as err:
-        raise ConfigError(f"{base_url}/models is not an OpenAI model list: {err}; does the URL end in /v1?") from err
+        return msgspec.json.decode(bytes(parts), type=kind) if status == 200 else None
+    except msgspec.DecodeError:
+        return None

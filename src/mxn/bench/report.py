@@ -141,14 +141,15 @@ def to_rich(grid: Grid) -> Table:
     """The grid as a table for the terminal."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    caption = "\n".join(grid.notes) or None
+    caption = Text("\n".join(grid.notes)) if grid.notes else None
     table = Table(title=grid.title, caption=caption, box=box.SIMPLE_HEAD, caption_justify="left", title_justify="left")
     num_text = sum(c in ("Model", "Backend", "Quantisation", "Workload", "Figure", "Arm") for c in grid.columns)
     for index, column in enumerate(grid.columns):
         table.add_column(column, justify="left" if index < num_text else "right", overflow="fold")
     for row in grid.rows:
-        table.add_row(*row)
+        table.add_row(*(Text(cell) for cell in row))
     return table
 
 

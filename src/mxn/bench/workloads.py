@@ -145,7 +145,7 @@ class PromptMaker:
             raise ModelError(f"no tokenizer.json in {tokenizer_folder}; give the folder of the model being measured")
         self._tokenizer = Tokenizer.from_file(str(path))
         self._random = random.Random(seed)
-        words = _WORDS.split()
+        words = WORDS.split()
         encoded = [self._tokenizer.encode(" " + word, add_special_tokens=False).ids for word in words]
         self._word_ids = [ids[0] for ids in encoded if len(ids) == 1]
         if len(self._word_ids) < 50:
@@ -178,7 +178,7 @@ class PromptMaker:
         return text
 
 
-_WORDS = """
+WORDS = """
 time year people way day man thing woman life child world school state family student group country problem
 hand part place case week company system program question work government number night point home water room
 mother area money story fact month lot right study book eye job word business issue side kind head house

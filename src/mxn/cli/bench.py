@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -57,6 +56,8 @@ def bench(
     What is measured takes turns within each repetition, so that all meet the same conditions. Exits 1 when a request
     failed or yielded other than the asked number of tokens.
     """
+    import asyncio
+
     from mxn.bench.environment import manifest
     from mxn.bench.records import Report, save
     from mxn.bench.report import comparison, details, matrix, report_markdown, to_rich
@@ -77,8 +78,6 @@ def bench(
             arms += own_arms
             folder = folder or own_folder
         arms += [asyncio.run(_url_arm(text, model, api_key)) for text in url or ()]
-        for arm in arms:
-            stack.callback(arm.close)
         prompts = PromptMaker(folder or _local_folder(model or arms[0].subject.model), seed=seed)
         records = run(arms, chosen, prompts, repetitions=repetitions)
     report = Report(manifest=manifest(seed=seed), records=tuple(records))
@@ -97,20 +96,25 @@ def bench(
 def run(
     arms: list[Arm], workloads: list[Workload], prompts: PromptMaker, *, repetitions: int, title: str = "measure"
 ) -> list[Record]:
-    """Measures with progress on the terminal."""
+    """Measures with progress on the terminal, and closes the arms."""
+    import asyncio
+
     from mxn.bench.runner import measure
     from mxn.cli.progress import Phases
 
+    async def measure_and_close() -> list[Record]:
+        try:
+            return await measure(arms, workloads, prompts, repetitions=repetitions, progress=show)
+        finally:
+            for arm in arms:
+                arm.close()
+
     with Phases() as phases:
-        return asyncio.run(
-            measure(
-                arms,
-                workloads,
-                prompts,
-                repetitions=repetitions,
-                progress=lambda what, done, total: phases(title, done / total, what),
-            )
-        )
+
+        def show(what: str, done: int, total: int) -> None:
+            phases(title, done / total, what)
+
+        return asyncio.run(measure_and_close())
 
 
 def _own_arms(
@@ -160,22 +164,19 @@ def _in_process_arms(
                 progress=phases,
             )
         prepared.power.close()
-        stack.callback(arm.close)
         arms.append(arm)
     return arms, folder
 
 
 async def _url_arm(text: str, model: str | None, api_key: str | None) -> Arm:
     """An arm for `[LABEL=]URL`."""
-    from mxn.bench.arms import HttpArm, served_models
-    from mxn.bench.records import Subject
+    from mxn.bench.arms import HttpArm, describe
     from mxn.cli.power import local_readers
 
     label, separator, url = text.partition("=")
     if not separator or "://" in label:
         label, url = text, text
-    name = model or (await served_models(url, api_key))[0]
-    subject = Subject(label=label, model=name, interface="HTTP")
+    subject = await describe(url, label, model=model, api_key=api_key)
     return HttpArm(subject, url, readers=local_readers(url), api_key=api_key)
 
 

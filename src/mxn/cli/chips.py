@@ -8,7 +8,10 @@ import typer
 
 
 def chips(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List chips, backends and power sources, and why a backend is absent."""
+    """List chips, backends and power sources.
+
+    Says why a backend is absent, and how power is measured or why it is not.
+    """
     from mxn.backends.registry import load_backend, probe_all
     from mxn.cli.console import out, show_json, size_text
 
@@ -31,25 +34,23 @@ def chips(json_output: Annotated[bool, typer.Option("--json", help="Print JSON."
             }
         )
         return
-    from rich import box
-    from rich.table import Table
-
     console = out()
-    table = Table(title="Chips", box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("Chip", "Name", "Backend", "Cores", "Memory", "Features", "Power"):
-        table.add_column(column, overflow="fold")
     for name, chip, power in found:
-        cells = (chip.uid, chip.name + (f" ({chip.kind})" if chip.kind else ""), name, str(chip.cores))
-        table.add_row(*cells, size_text(chip.memory_bytes), " ".join(chip.features), power["source"])
-    console.print(table)
-    table = Table(title="Backends", box=box.SIMPLE_HEAD, title_justify="left")
-    for column in ("Backend", "State", "Why"):
-        table.add_column(column, overflow="fold")
+        if name == "fake":
+            continue
+        console.print(f"[bold]{chip.uid}[/] {chip.name}{f' ({chip.kind})' if chip.kind else ''}")
+        for what, text in (
+            ("backend", name),
+            ("cores", str(chip.cores)),
+            ("memory", size_text(chip.memory_bytes)),
+            ("features", " ".join(chip.features) or "none"),
+            ("power", f"{power['source']} ({power['kind']}): {power['detail']}"),
+        ):
+            console.print(f"  {what:<9} {text}", markup=False, soft_wrap=True)
+    console.print("\n[bold]Backends[/]")
     colours = {"active": "green", "absent": "dim", "broken": "red"}
     for name, probe in probes.items():
         versions = ", ".join(f"{library} {version}" for library, version in probe.versions.items())
         why = probe.reason + (f" ({versions})" if versions else "")
-        table.add_row(name, f"[{colours[probe.state]}]{probe.state}[/]", why)
-    console.print(table)
-    for _, chip, power in found:
-        console.print(f"Power of {chip.uid}: {power['source']}, {power['kind']}. {power['detail']}", markup=False)
+        console.print(f"  {name:<9} [{colours[probe.state]}]{probe.state}[/]", end=" ")
+        console.print(why, markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from mxn import errors
 if TYPE_CHECKING:
     from rich.console import Console
 
+WIDTH_OFF_TERMINAL = 150
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -30,7 +31,7 @@ def out() -> Console:
     """The console for results."""
     from rich.console import Console
 
-    return Console(soft_wrap=False, highlight=False)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH_OFF_TERMINAL)
 
 
 def err() -> Console:

@@ -43,7 +43,6 @@ def demo(
             arm = HttpArm(
                 server.subject(f"{server.backend} {server.quantisation}"), server.url, readers=local_readers(server.url)
             )
-            stack.callback(arm.close)
             arms.append(arm)
             notes.print(f"  {server.url}: {server.backend}, {server.quantisation}, attention {server.attention}")
             if index == 0:

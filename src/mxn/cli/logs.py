@@ -23,3 +23,4 @@ def set_up_logging() -> None:
     handler = logging.StreamHandler(_Stderr())
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=log_level().upper(), handlers=[handler])
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its news are told by the command itself

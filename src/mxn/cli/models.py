@@ -60,8 +60,11 @@ def list_models(
         caption="Any hub id (org/name), local folder or .gguf file can be served too.",
         caption_justify="left",
     )
-    for column in ("Model", "Parameters", "Licence", "On this disk", "Source"):
-        table.add_column(column, overflow="fold")
+    table.add_column("Model", no_wrap=True)
+    table.add_column("Parameters", justify="right", no_wrap=True)
+    table.add_column("Licence")
+    table.add_column("On this disk", no_wrap=True)
+    table.add_column("From", overflow="fold")
     for row in sorted(rows, key=lambda r: (r["cached_bytes"] is None, str(r["name"]))):
         here = f"[green]{size_text(row['cached_bytes'])}[/]" if row["cached_bytes"] else "no"
         table.add_row(
@@ -69,7 +72,7 @@ def list_models(
             _count_text(row["parameters"]),
             str(row["licence"] or "unknown") + (" (gated)" if row["gated"] else ""),
             here,
-            str(row["source"]),
+            str(row["source"]).partition("#")[0],
         )
     out().print(table)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mxn.bench.records import Subject
+from mxn.config.environment import child_environment
 from mxn.errors import BackendError
 
 STOP_S = 15.0
@@ -51,7 +52,8 @@ def own_server(model: str, options: Sequence[str] = ()) -> Iterator[OwnServer]:
     """
     command = [sys.executable, "-m", "mxn.cli.main", "serve", model, "--port", "0", "--json", *options]
     # A group of its own: Ctrl-C reaches us only, and we end it in order.
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    environment = child_environment({"MXN_LOG_LEVEL": "warning"})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment)
     try:
         line = process.stdout.readline() if process.stdout else ""
         if not line:

@@ -24,6 +24,7 @@ class Phases:
         self._tasks: dict[str, TaskID] = {}
         self._started_s: dict[str, float] = {}
         self._open: str | None = None
+        self._finished: set[str] = set()
 
     def __enter__(self) -> Phases:
         if self._is_bar:
@@ -52,12 +53,13 @@ class Phases:
 
     def __call__(self, phase: str, fraction: float, detail: str = "") -> None:
         """Notes that `fraction` (0 to 1) of `phase` is done."""
-        if not phase:
+        if not phase or (fraction >= 1.0 and phase in self._finished):
             return
         if phase != self._open:
             self._close()
             self._open = phase
-            self._started_s.setdefault(phase, time.monotonic())
+            self._started_s[phase] = time.monotonic()
+            self._finished.discard(phase)
         if self._bars is not None:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=1.0, detail=detail)
@@ -69,9 +71,10 @@ class Phases:
         phase, self._open = self._open, None
         if phase is None:
             return
+        self._finished.add(phase)
         if self._bars is not None:
             self._bars.update(self._tasks[phase], completed=1.0)
             self._bars.stop_task(self._tasks[phase])
         elif not self._is_quiet:
-            seconds = time.monotonic() - self._started_s.pop(phase)
+            seconds = time.monotonic() - self._started_s[phase]
             print(f"{phase}: {seconds:.1f} s{f' ({detail})' if detail else ''}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ def serve(
         str | None,
         typer.Argument(
             metavar="[MODEL | mxn.yaml]",
-            help="Card name, hub id (org/name), local folder, .gguf file, or a YAML file. Default: smollm2-135m-instruct.",
+            help="Card name, hub id (org/name), local folder, .gguf or YAML file. Default: smollm2-135m-instruct.",
         ),
     ] = None,
     host: Annotated[
@@ -90,6 +89,8 @@ def serve(
 
 
 def _run(file: DeploymentsFile, settings: ServerSettings, where: tuple[str, int], *, json_output: bool) -> int:
+    import asyncio
+
     from mxn.cli.logs import set_up_logging
     from mxn.cli.prepare import prepare
     from mxn.cli.progress import Phases
@@ -110,6 +111,8 @@ async def _serve(
     prepared: list[Prepared], settings: ServerSettings, where: tuple[str, int], phases: Phases, *, json_output: bool
 ) -> int:
     """Opens the port at once, so that probes see the loading, and tells the user when it is done."""
+    import asyncio
+
     from mxn.errors import BackendError
     from mxn.fleet.fleet import Fleet
     from mxn.server.app import build_app
@@ -143,6 +146,8 @@ async def _serve(
 
 async def _load(fleet: Fleet, phases: Phases) -> None:
     """Starts the fleet and passes its progress on."""
+    import asyncio
+
     starting = asyncio.create_task(fleet.start())
     many = len(fleet.deployments) > 1
     try:

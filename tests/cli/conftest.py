@@ -1,0 +1,130 @@
+"""A model folder that the fake backend serves, and one running `mxn serve` for all tests that only ask it things."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "vocab_size": 1000,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What a command printed and how it ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Mxn = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """An environment with caches of its own, so that tests see no model of the machine."""
+    home = tmp_path_factory.mktemp("home")
+    names = {"MXN_CACHE_DIR": "cache", "MXN_DATA_DIR": "data", "MXN_CONFIG_DIR": "config"}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MXN_")}
+    return clean | {name: str(home / folder) for name, folder in names.items()} | {"MXN_LOG_LEVEL": "warning"}
+
+
+@pytest.fixture(scope="session")
+def mxn(environment: dict[str, str]) -> Mxn:
+    """Runs `mxn ARGS` as a user does, in a process of its own."""
+
+    def run(*args: str, stdin: str = "", timeout: float = 60, **variables: str) -> Ran:
+        done = subprocess.run(
+            [sys.executable, "-m", "mxn.cli.main", *args],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment | variables,
+        )
+        return Ran(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer_folder: Path, write_word_tokenizer: Callable[..., Path]
+) -> str:
+    """A folder in Hugging Face layout with a chat template and no weights to speak of."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_word_tokenizer(folder)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        shutil.copy(byte_tokenizer_folder / name, folder / name)
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return str(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A running `mxn serve --json`. `ready`: the line it printed."""
+
+    process: subprocess.Popen[str]
+    ready: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        url: str = self.ready["url"]
+        return url
+
+
+@pytest.fixture(scope="session")
+def serve(environment: dict[str, str], model_folder: str) -> Iterator[Callable[..., Serving]]:
+    """Starts `mxn serve` on the fake backend; all are killed at the end."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*args: str, **variables: str) -> Serving:
+        command = [sys.executable, "-m", "mxn.cli.main", "serve", *(args or (model_folder, "--backend", "fake"))]
+        process = subprocess.Popen(
+            [*command, "--port", "0", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | variables,
+        )
+        started.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            assert process.stderr is not None
+            pytest.fail(process.stderr.read())
+        return Serving(process, json.loads(line))
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def server(serve: Callable[..., Serving]) -> Serving:
+    """One server that tests share."""
+    return serve()
