@@ -50,10 +50,11 @@ def load_config(folder: str) -> PreTrainedConfig:
 
 
 def load_model(
-    folder: str, config: PreTrainedConfig, *, dtype: torch.dtype, device: str, progress: LoadProgress
+    folder: str, config: PreTrainedConfig, *, dtype: torch.dtype | None, device: str, progress: LoadProgress
 ) -> PreTrainedModel:
     """The model in evaluation mode with mxn's attention function. The config is copied: transformers writes to it.
 
+    Args: dtype: None for that of the files.
     Raises: ModelError that names a missing, truncated or incomplete file.
     """
     files = check_weight_files(folder)
@@ -63,7 +64,7 @@ def load_model(
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=copy.deepcopy(config),
-                dtype=dtype,
+                dtype=dtype or "auto",
                 attn_implementation=ATTENTION_NAME,
                 local_files_only=True,
                 trust_remote_code=False,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -39,20 +38,21 @@ def module_forward(
 class LoadPlan:
     """What a backend decided before loading.
 
-    dtype: of weights and activations. quantise: rewrites the loaded model in place and answers with a note, or None.
-    attention, attention_options: the class to serve the KV cache and its keyword arguments beyond the usual ones.
+    dtype: what weights are loaded as; None for what the files hold. quantise: rewrites the loaded model in place and
+      answers with notes, or None.
+    make_attention, block_bytes: like an `AttentionBackend` class and its `bytes_per_block`.
     free_bytes: memory the KV cache may be taken from, asked once the weights are loaded.
     make_forward: builds the program that computes a step.
     notes: choices made so far, one sentence each.
     """
 
     device: str
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     quantisation: str
-    attention: type[AttentionBackend]
+    make_attention: Callable[[Sequence[LayerKV], int, int], AttentionBackend]
+    block_bytes: Callable[[Sequence[LayerKV], int], int]
     free_bytes: Callable[[], int]
-    attention_options: Mapping[str, Any] = field(default_factory=dict)
-    quantise: Callable[[PreTrainedModel], str] | None = None
+    quantise: Callable[[PreTrainedModel], Sequence[str]] | None = None
     make_forward: ForwardFactory = module_forward
     threads: int | None = None
     notes: tuple[str, ...] = ()
@@ -103,6 +103,7 @@ class TorchRunner:
             raise
         return _finish(logits, inputs, batch.sequences)
 
+    @torch.inference_mode()
     def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copies KV blocks (source id, destination id) in order, over all layers."""
         if self._attention is not None:
@@ -166,7 +167,7 @@ def load_runner(model: Model, settings: LoadSettings, plan: LoadPlan, progress: 
     fix_rotation(loaded, config, max_context)
     if plan.quantise is not None:
         progress("quantise", 0.0)
-        notes.append(plan.quantise(loaded))
+        notes += plan.quantise(loaded)
         progress("quantise", 1.0)
 
     windows = layer_windows(config.to_dict())
@@ -200,7 +201,7 @@ def _make_cache(
     layers: Sequence[LayerKV], max_context: int, settings: LoadSettings, plan: LoadPlan
 ) -> tuple[AttentionBackend, int, list[str]]:
     """The attention backend with its cache, its bytes, and notes on its size."""
-    block_bytes = plan.attention.bytes_per_block(layers, settings.block_size, **plan.attention_options)
+    block_bytes = plan.block_bytes(layers, settings.block_size)
     blocks_each = -(-max_context // settings.block_size)
     wanted = settings.max_num_seqs * blocks_each
     budget = settings.kv_bytes if settings.kv_bytes is not None else min(plan.free_bytes(), wanted * block_bytes)
@@ -218,7 +219,7 @@ def _make_cache(
     if num_blocks < blocks_each:
         notes.append(f"context held at {num_blocks * settings.block_size} tokens: the KV budget holds no more")
     try:
-        attention = plan.attention(layers, num_blocks, settings.block_size, **plan.attention_options)
+        attention = plan.make_attention(layers, num_blocks, settings.block_size)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         raise OutOfMemoryError(
             f"a KV cache of {num_blocks * block_bytes / _GIB:.2f} GiB did not fit: {error}"
