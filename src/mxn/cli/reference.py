@@ -16,27 +16,32 @@ def reference() -> str:
     """The page as Markdown."""
     group = typer.main.get_command(app)
     parts = [HEAD, EPILOG + "\n"]
-    parts += _section("mxn", group, level=2)
+    parts += _section("mxn", group, level=1)
     return "\n".join(parts).rstrip() + "\n"
 
 
 def _section(path: str, command: object, *, level: int) -> list[str]:
     """One command and those below it. Typer brings its own copy of click, so its types have no public names."""
     subcommands: dict[str, object] = getattr(command, "commands", {})
-    lines = [f"{'#' * level} `{path}`", ""] if level > 2 else []
-    lines += [(getattr(command, "help", None) or "").strip(), ""] if level > 2 else []
+    lines = [f"{'#' * level} `{path}`", ""] if level > 1 else []
+    lines += [(getattr(command, "help", None) or "").strip(), ""] if level > 1 else []
     rows = []
     for parameter in getattr(command, "params", []):
         if parameter.name in ("help", "install_completion", "show_completion"):
             continue
         is_option = parameter.param_type_name == "option"
-        name = ", ".join((*parameter.opts, *parameter.secondary_opts)) if is_option else parameter.human_readable_name
+        name = (
+            ", ".join((*parameter.opts, *parameter.secondary_opts))
+            if is_option
+            else (parameter.metavar or parameter.name.upper())
+        )
         default = parameter.default
         is_shown = not (default in (None, False, True) or callable(default) or parameter.required)
         shown = f"`{default}`" if is_shown else ""
         text = " ".join((parameter.help or "").split()).replace("|", "\\|")
+        name = name.replace("|", "\\|")
         rows.append(f"| `{name}` | {text} | {shown} |")
-    if rows and level > 2:
+    if rows and level > 1:
         lines += ["| | | default |", "|---|---|---|", *rows, ""]
     for name, sub in subcommands.items():
         lines += _section(f"{path} {name}", sub, level=level + 1)
