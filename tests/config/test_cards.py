@@ -34,7 +34,18 @@ def test_a_shipped_model_card_is_whole(card: ModelCard) -> None:
 
 
 def test_the_families_people_serve_are_there() -> None:
-    families = ("llama-3.1", "llama-3.2", "llama-3.3", "qwen3", "gemma", "mistral", "gpt-oss", "deepseek", "phi", "smollm")
+    families = (
+        "llama-3.1",
+        "llama-3.2",
+        "llama-3.3",
+        "qwen3",
+        "gemma",
+        "mistral",
+        "gpt-oss",
+        "deepseek",
+        "phi",
+        "smollm",
+    )
     assert all(any(name.startswith(family) for name in MODELS) for family in families)
     assert len(MODELS) >= 14
     assert find_model_card(MODELS, "SmolLM2") is MODELS["smollm2-135m-instruct"]
@@ -92,8 +103,8 @@ def test_the_users_cards_come_on_top(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (folder / "own.yaml").write_text("name: own\naliases: [smollm2]\nsource: folder:/somewhere\n", encoding="utf-8")
     cards = load_model_cards()
     assert len(cards) == len(MODELS) + 1
+    (folder / "twin.yaml").write_text("name: smollm2\nsource: folder:/elsewhere\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r'"smollm2" is already the name'):
-        (folder / "twin.yaml").write_text("name: smollm2\nsource: folder:/elsewhere\n", encoding="utf-8")
         load_model_cards()
 
 
@@ -110,7 +121,8 @@ def test_faults_of_all_cards_come_at_once(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("name: a\nsource: ftp://x\n", encoding="utf-8")
     (tmp_path / "b.yaml").write_text("name: b/../c\nsource: hf:o/n\nlicense: {name: x}\n", encoding="utf-8")
     (tmp_path / "c.yaml").write_text(
-        "name: c\nsource: hf:o/n\nfiles: [{path: ../x, sha256: abc}]\narchives: [{source: 'hf:o/n'}]\n", encoding="utf-8"
+        "name: c\nsource: hf:o/n\nfiles: [{path: ../x, sha256: abc}]\narchives: [{source: 'hf:o/n'}]\n",
+        encoding="utf-8",
     )
     with pytest.raises(ConfigError) as error:
         load_model_cards(tmp_path)

@@ -174,9 +174,12 @@ def load_model_cards(folder: Path | None = None) -> dict[str, ModelCard]:
 
 
 def find_model_card(cards: Mapping[str, ModelCard], name: str) -> ModelCard | None:
-    """The card with this name or alias, whatever its case; a name counts more than an alias, the user's more than ours."""
+    """The card with this name or alias, whatever its case; None when there is none.
+
+    A name counts more than an alias, and the user's cards more than those shipped.
+    """
     wanted = name.lower()
-    latest_first = list(reversed(cards.values()))
+    latest_first = list(cards.values())[::-1]
     for card in latest_first:
         if card.name.lower() == wanted:
             return card

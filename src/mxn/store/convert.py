@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +24,7 @@ def convert_gguf(
     """Converts `source` into the folder `out`. `progress` gets the converter's (phase, fraction).
 
     The converter writes JSON lines: {"phase", "fraction"} while it works, {"error"} when it cannot go on.
-    Raises: ModelError with the converter's own last words.
+    Raises: ModelError with the converter's own last words; OSError when the disk became full.
     """
     failure: str | None = None
     with tempfile.TemporaryFile() as errors:
@@ -51,7 +53,10 @@ def convert_gguf(
             return
         errors.seek(0)
         stderr = errors.read()[-20_000:].decode(errors="replace").strip().splitlines()
-    raise ModelError(f"{source.name} could not be converted: {failure or _last_words(process.returncode, stderr)}")
+    failure = failure or _last_words(process.returncode, stderr)
+    if os.strerror(errno.ENOSPC) in failure:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+    raise ModelError(f"{source.name} could not be converted: {failure}")
 
 
 def _message(line: bytes) -> dict[str, object]:

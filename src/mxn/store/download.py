@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 NUM_TRIES = 5
 MAX_WAIT_S = 20.0
-CHUNK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +170,7 @@ def _stream(client: httpx.Client, file: RemoteFile, part: Path, have: int, repor
             raise DownloadError(f"{file.url}: asked for bytes from {have}, got {response.headers.get('Content-Range')}")
         written = have if resumes else 0
         with part.open("ab" if resumes else "wb") as out:
-            for chunk in response.iter_bytes(CHUNK_BYTES):
+            for chunk in response.iter_bytes():
                 written += len(chunk)
                 if file.size is not None and written > file.size:
                     raise _WrongContentError(file.path, f"more than {file.size} bytes", f"{file.size} bytes")

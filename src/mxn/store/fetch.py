@@ -182,13 +182,17 @@ class _Job:
         require_space(out.parent, converted_bytes(self.card, gguf.stat().st_size), what=f"converting {gguf.name}")
         shutil.rmtree(out, ignore_errors=True)
         self.progress("convert", 0.0, gguf.name)
-        convert_gguf(
-            gguf,
-            out,
-            dtype=DTYPE,
-            command=self.converter,
-            progress=lambda phase, fraction: self.progress("convert", fraction, f"{gguf.name}: {phase}"),
-        )
+        try:
+            convert_gguf(
+                gguf,
+                out,
+                dtype=DTYPE,
+                command=self.converter,
+                progress=lambda phase, fraction: self.progress("convert", fraction, f"{gguf.name}: {phase}"),
+            )
+        except BaseException:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
         return out
 
 

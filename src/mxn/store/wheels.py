@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -34,6 +36,7 @@ def fetch_wheel(
     source: WheelSource,
     folder: Path,
     *,
+    index: str | None,
     size: int | None,
     sha256: str | None,
     report: Callable[[int], None],
@@ -43,10 +46,12 @@ def fetch_wheel(
 
     First straight from the index, which can go on after an interruption; where that does not work (a private index,
     its own certificates, local files), by pip, which knows the user's settings. `note` is told when that happens.
+
+    index: what `index_url` gave.
     Raises: DownloadError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = _find_in_index(client, source, note)
+    found = _find_in_index(client, source, index, note) if index is not None else None
     if found is not None:
         digest = Digest(algorithm="sha256", value=sha256) if sha256 else found.digest
         wheel = folder / found.path
@@ -64,6 +69,27 @@ def fetch_wheel(
             do="it was deleted. The index holds another file than the card knows; check the index, then the card",
         )
     return wheel
+
+
+def index_url() -> str | None:
+    """The package index pip is set to use, or None when only pip itself can reach it."""
+    command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=child_environment())
+    except (OSError, subprocess.TimeoutExpired):
+        return DEFAULT_INDEX
+    settings: dict[str, str] = {}
+    for line in done.stdout.splitlines():
+        key, _, value = line.partition("=")
+        try:
+            settings[key] = str(ast.literal_eval(value))
+        except (ValueError, SyntaxError):
+            continue
+    scopes = (":env:", "download", "global")  # pip's own order
+    if any(settings.get(f"{scope}.no-index", "0").lower() in ("1", "true", "yes", "on") for scope in scopes):
+        return None
+    url = next((settings[key] for scope in scopes if (key := f"{scope}.index-url") in settings), DEFAULT_INDEX)
+    return url if url.startswith(("https://", "http://")) else None
 
 
 def extract(wheel: Path, member: str, folder: Path, *, max_bytes: int) -> list[Path]:
@@ -134,13 +160,12 @@ def _copy(content: IO[bytes], out: IO[bytes], limit: int, *, what: str) -> int:
     return written
 
 
-def _find_in_index(client: httpx.Client, source: WheelSource, note: Callable[[str], None]) -> RemoteFile | None:
+def _find_in_index(
+    client: httpx.Client, source: WheelSource, index: str, note: Callable[[str], None]
+) -> RemoteFile | None:
     """The wheel on the user's index, or None when pip must find it."""
     import httpx
 
-    index = _index_url()
-    if index is None:
-        return None
     url = f"{index.rstrip('/')}/{_normal(source.package)}/"
     try:
         response = client.get(url, headers={"Accept": f"{_SIMPLE_JSON}, text/html;q=0.1"})
@@ -161,27 +186,6 @@ def _find_in_index(client: httpx.Client, source: WheelSource, note: Callable[[st
             return RemoteFile(path=filename, url=address.partition("#")[0], size=size, digest=digest)
     note(f"{source.package}=={source.version} is not on {urlsplit(url).hostname}; asking pip instead")
     return None
-
-
-def _index_url() -> str | None:
-    """The package index pip is set to use, or None when only pip itself can reach it."""
-    command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=child_environment())
-    except (OSError, subprocess.TimeoutExpired):
-        return DEFAULT_INDEX
-    settings: dict[str, str] = {}
-    for line in done.stdout.splitlines():
-        key, _, value = line.partition("=")
-        try:
-            settings[key] = str(ast.literal_eval(value))
-        except (ValueError, SyntaxError):
-            continue
-    scopes = (":env:", "download", "global")  # pip's own order
-    if any(settings.get(f"{scope}.no-index", "0").lower() in ("1", "true", "yes", "on") for scope in scopes):
-        return None
-    url = next((settings[key] for scope in scopes if (key := f"{scope}.index-url") in settings), DEFAULT_INDEX)
-    return url if url.startswith(("https://", "http://")) else None
 
 
 def _json_links(answer: object) -> list[tuple[str, str | None, int | None]]:
@@ -256,11 +260,10 @@ def _pip_download(source: WheelSource, folder: Path, report: Callable[[int], Non
 
 def _bytes_below(folder: Path) -> int:
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # gone since it was listed
-            continue
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # pip moves and deletes while we look
+                total += os.stat(os.path.join(parent, name)).st_size
     return total
 
 
