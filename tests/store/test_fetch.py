@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,6 +108,22 @@ def test_cached_models_are_listed_and_removed(hub: Web, tmp_path: Path) -> None:
     assert remove("org/tiny", tmp_path / "cache") == [cached]
     assert list_cached(tmp_path / "cache") == []
     assert not Path(model.folder).exists()
+
+
+def test_an_unfinished_download_is_removed_too(hub: Web, tmp_path: Path) -> None:
+    hub.cut_after = [10**9, 10**9, 70_000, *[0] * 10]
+    with pytest.raises(DownloadError):
+        fetch("org/tiny", cache=tmp_path / "cache")
+    [gone] = remove("org/tiny", tmp_path / "cache")
+    assert (gone.origin, gone.bytes > 70_000) == ("unfinished", True)
+    assert list((tmp_path / "cache" / "staging").iterdir()) == []
+
+
+def test_a_cached_model_serves_from_a_folder_that_cannot_be_written(hub: Web, tmp_path: Path) -> None:
+    model = fetch("org/tiny", cache=tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache" / "locks")
+    (tmp_path / "cache" / "locks").write_text("not a folder, so no lock can be made")
+    assert fetch("org/tiny", cache=tmp_path / "cache") == model
 
 
 def test_too_little_space_is_said_before_anything_is_fetched(

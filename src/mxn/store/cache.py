@@ -67,8 +67,12 @@ class Cache:
         return self.root / "staging" / key
 
     def model_keys(self) -> list[str]:
-        models = self.root / "models"
-        return sorted(path.name for path in models.iterdir() if path.is_dir()) if models.is_dir() else []
+        """Keys of complete models."""
+        return _folders(self.root / "models")
+
+    def staged_keys(self) -> list[str]:
+        """Keys of models that are being fetched, or whose fetching ended early."""
+        return _folders(self.root / "staging")
 
     @contextmanager
     def lock(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
@@ -108,13 +112,15 @@ class Cache:
                 return f"{name} does not have the sha256 it had when it was fetched"
         return None
 
-    def publish(self, key: str, staged: Path, manifest: Manifest) -> Manifest:
+    def publish(
+        self, key: str, staged: Path, manifest: Manifest, hash_of: Callable[[Path], str] = sha256_of
+    ) -> Manifest:
         """Makes a staged folder a cached model: hashes, manifest, sync to disk, one rename. Call with the lock held."""
         files: dict[str, FileRecord] = {}
         for path in sorted(path for path in staged.rglob("*") if path.is_file()):
             stat = path.stat()
             name = path.relative_to(staged).as_posix()
-            files[name] = FileRecord(sha256=sha256_of(path), bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+            files[name] = FileRecord(sha256=hash_of(path), bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
         whole = Manifest(
             name=manifest.name, source=manifest.source, origin=manifest.origin, files=files, created_s=int(time.time())
         )
@@ -171,13 +177,17 @@ def revision_of(hashes: dict[str, str]) -> str:
 
 def require_space(folder: Path, needed_bytes: int, *, what: str) -> None:
     """Raises: DownloadError when the disk of `folder` has less than `needed_bytes` free."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if free < needed_bytes:
         raise DownloadError(
             f"{what} needs {_mib(needed_bytes)} on the disk of {folder}, which has {_mib(free)} free; "
             "free some space, or set MXN_CACHE_DIR to a folder on a larger disk"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the disk of a folder that may not exist yet."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 @contextmanager
@@ -189,7 +199,7 @@ def disk_errors(cache: Cache, key: str | None) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             if key is not None:
                 shutil.rmtree(cache.staging_folder(key), ignore_errors=True)
-            free = shutil.disk_usage(cache.root).free
+            free = free_bytes(cache.root)
             raise DownloadError(
                 f"the disk of {cache.root} became full while fetching; what was fetched is deleted again, "
                 f"{_mib(free)} are free now. Free some space, or set MXN_CACHE_DIR to a folder on a larger disk"
@@ -200,6 +210,10 @@ def disk_errors(cache: Cache, key: str | None) -> Iterator[None]:
                 "set MXN_CACHE_DIR to a folder you may write to"
             ) from error
         raise
+
+
+def _folders(parent: Path) -> list[str]:
+    return sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
 
 
 def _sync(path: Path) -> None:

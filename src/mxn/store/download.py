@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
 
 import mxn
 from mxn.errors import DownloadError
@@ -99,8 +100,10 @@ def get_json(client: httpx.Client, url: str, *, headers: Mapping[str, str], hint
         try:
             return response.json(), response.links.get("next", {}).get("url")
         except (ValueError, RecursionError):
-            raise DownloadError(f"{url} answered with something that is not JSON; is it a model hub?") from None
-    raise DownloadError(f"{url} did not answer")
+            raise DownloadError(
+                f"{public_url(url)} answered with something that is not JSON; is it a model hub?"
+            ) from None
+    raise DownloadError(f"{public_url(url)} did not answer")
 
 
 _TRY_AGAIN = frozenset({408, 429, 500, 502, 503, 504})
@@ -132,7 +135,7 @@ def _fetch(client: httpx.Client, file: RemoteFile, part: Path, report: Callable[
         try:
             if _stream(client, file, part, before, report):
                 break
-            problem: Exception = DownloadError(f"{file.url} ended early")
+            problem: Exception = DownloadError(f"{public_url(file.url)} ended early")
             wait = None
         except httpx.RequestError as error:
             problem, wait = _unreachable(file.url, error), None
@@ -167,7 +170,8 @@ def _stream(client: httpx.Client, file: RemoteFile, part: Path, have: int, repor
             raise _refused(file.url, status, file.hint)
         resumes = status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if status == 206 and not resumes:
-            raise DownloadError(f"{file.url}: asked for bytes from {have}, got {response.headers.get('Content-Range')}")
+            got = response.headers.get("Content-Range")
+            raise DownloadError(f"{public_url(file.url)}: asked for bytes from {have}, got {got}")
         written = have if resumes else 0
         with part.open("ab" if resumes else "wb") as out:
             for chunk in response.iter_bytes():
@@ -205,14 +209,20 @@ def _wait_s(turn: int, retry_after: str | None) -> float:
     return min(MAX_WAIT_S, max(asked, 0.25 * float(1 << turn)))
 
 
+def public_url(url: str) -> str:
+    """An address without user, password and query, fit to be shown."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
 def _unreachable(url: str, error: Exception) -> DownloadError:
     return DownloadError(
-        f"{url} cannot be reached ({type(error).__name__}: {error}); check network, proxy and certificates"
+        f"{public_url(url)} cannot be reached ({type(error).__name__}: {error}); check network, proxy and certificates"
     )
 
 
 def _refused(url: str, status: int, hint: str) -> DownloadError:
     meaning = {401: "not allowed without a token", 403: "not allowed", 404: "not found"}.get(status, "refused")
     return DownloadError(
-        f"{url} answered {status} ({meaning})" + (f"; {hint}" if hint and status in (401, 403, 404) else "")
+        f"{public_url(url)} answered {status} ({meaning})" + (f"; {hint}" if hint and status in (401, 403, 404) else "")
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mxn.errors import DownloadError, ModelError
 from mxn.store.cache import Cache, Manifest, disk_errors, require_space, revision_of
 from mxn.store.convert import CONVERTER, convert_gguf
 from mxn.store.gather import Meter, Progress, converted_bytes, gather_from_hub, gather_from_wheels
-from mxn.store.integrity import check_folder, check_gguf, read_json, select_files
+from mxn.store.integrity import check_folder, check_gguf, read_json, select_files, sha256_of
 from mxn.store.resolve import resolve
 from mxn.store.spec import spec_from_config
 
@@ -70,11 +70,11 @@ def fetch(
         offline=is_offline() if offline is None else offline,
         converter=tuple(converter),
     )
-    with (
-        disk_errors(store, key),
-        store.lock(key, lambda: progress("wait", 0.0, "another process is fetching this model")),
-    ):
-        manifest = job.cached(verify=verify) or job.fetch()
+    # A copy that is there needs no lock, so a cache on a read-only disk serves too.
+    manifest = job.cached(verify=verify)
+    if manifest is None:
+        with disk_errors(store, key), store.lock(key, lambda: progress("wait", 0.0, _WAITING)):
+            manifest = job.cached(verify=verify) or job.fetch()
     progress("ready", 1.0, str(store.model_folder(key)))
     return _model(card, store.model_folder(key), manifest.revision)
 
@@ -99,7 +99,10 @@ def list_cached(cache: Path | None = None) -> list[CachedModel]:
 
 
 def remove(name: str, cache: Path | None = None) -> list[CachedModel]:
-    """Takes every cached copy of a model off the disk and says which. Raises: ModelError when there is none."""
+    """Takes every copy of a model off the disk, unfinished downloads too, and says which.
+
+    Raises: ModelError when there is none.
+    """
     store = Cache(root=cache or cache_dir())
     cached = list_cached(cache)
     try:
@@ -107,6 +110,7 @@ def remove(name: str, cache: Path | None = None) -> list[CachedModel]:
     except ModelError:
         names = {name}
     gone = [one for one in cached if one.name in names or one.folder.name == name]
+    gone += [_unfinished(store, key) for key in store.staged_keys() if _name_of(key) in {*map(_file_name, names)}]
     if not gone:
         have = ", ".join(one.name for one in cached) or "nothing"
         raise ModelError(f'no model "{name}" is in the cache; there is {have}')
@@ -114,7 +118,11 @@ def remove(name: str, cache: Path | None = None) -> list[CachedModel]:
         key = one.folder.name
         with disk_errors(store, None), store.lock(key, lambda: None):
             store.discard(key)
+            shutil.rmtree(store.staging_folder(key), ignore_errors=True)
     return gone
+
+
+_WAITING = "another process is fetching this model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,9 +164,8 @@ class _Job:
             folder = self._convert(ggufs[0], staging / "converted")
         config = check_folder(folder, allow_remote_code=self.card.ignores_remote_code)
         spec_from_config(config)
-        self.progress("verify", 0.0, "hashing and writing to disk")
         manifest = Manifest(name=self.card.name, source=self.card.source, origin=origin)
-        published = self.cache.publish(self.key, folder, manifest)
+        published = self.cache.publish(self.key, folder, manifest, _hash_with_progress(folder, self.progress))
         shutil.rmtree(staging, ignore_errors=True)
         return published
 
@@ -196,6 +203,21 @@ class _Job:
         return out
 
 
+def _hash_with_progress(folder: Path, progress: Progress) -> Callable[[Path], str]:
+    """A function that hashes the files of a folder one after the other and reports how far it came."""
+    meter = Meter(progress, "verify", sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+    done = 0
+
+    def hash_of(path: Path) -> str:
+        nonlocal done
+        meter.begin(done)
+        digest = sha256_of(path, meter.named(path.name))
+        done += path.stat().st_size
+        return digest
+
+    return hash_of
+
+
 def _use_folder(card: ModelCard, folder: Path, store: Cache, progress: Progress) -> Model:
     """A local folder as it is: checked and hashed, never copied or written to."""
     check_folder(folder, allow_remote_code=card.ignores_remote_code)
@@ -231,4 +253,20 @@ def _key(card: ModelCard, source: Source, store: Cache, progress: Progress) -> s
         meter = Meter(progress, "verify", source.path.stat().st_size)
         parts.append(store.local_hash(source.path, meter.named(source.path.name)))
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-    return f"{card.name.replace('/', '--')}-{digest[:12]}"
+    return f"{_file_name(card.name)}-{digest[:12]}"
+
+
+def _file_name(name: str) -> str:
+    return name.replace("/", "--")
+
+
+def _name_of(key: str) -> str:
+    return key.rpartition("-")[0]
+
+
+def _unfinished(store: Cache, key: str) -> CachedModel:
+    folder = store.staging_folder(key)
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return CachedModel(
+        name=_name_of(key), source="", origin="unfinished", folder=folder, bytes=num_bytes, revision="", created_s=0
+    )
