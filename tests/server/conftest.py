@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from mxn.core.chip import Chip
+from mxn.core.model import LoadSettings, Model
+from mxn.engine.tokenizer import Tokenizer
 from mxn.fleet.deployment import Deployment, DeploymentSpec
 from mxn.fleet.fleet import Fleet
 from mxn.server.app import build_app
@@ -33,6 +39,25 @@ class Running:
         found = self.fleet.get(name)
         assert found is not None
         return found
+
+    def get_error(self, response: httpx.Response) -> dict[str, Any]:
+        """The error object of a response, whose shape is checked."""
+        error: dict[str, Any] = response.json()["error"]
+        assert list(error) == ["message", "type", "param", "code"]
+        assert isinstance(error["message"], str)
+        assert isinstance(error["type"], str)
+        assert "Traceback" not in error["message"]
+        assert "/" + "tmp" not in error["message"]
+        return error
+
+    def wait_for(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "the condition was not met in time"
+            time.sleep(0.005)
+
+    def num_free_blocks(self, name: str = "fake-model") -> int:
+        return self.deployment(name).stats.num_free_blocks
 
     def post(self, path: str, body: object, **kwargs: object) -> httpx.Response:
         return self.http.post(path, json=body, **kwargs)  # type: ignore[arg-type]
@@ -95,10 +120,30 @@ def running_server(*specs: DeploymentSpec, settings: ServerSettings | None = Non
         raise failure[0]
 
 
+SCRIPT = "hello world"
+"""What "fake-model" of the shared server says before its end-of-text token; "hash-model" says what its prompt hashes to."""
+
+
+@pytest.fixture(scope="session")
+def server(fake_model: Model, byte_tokenizer_folder: Path) -> Iterator[Running]:
+    """A server that many tests share; they must leave it as they found it."""
+    script = Tokenizer.load(str(byte_tokenizer_folder)).encode(SCRIPT + "<|im_end|>", add_special_tokens=False)
+    specs = [
+        spec_of(fake_model, "fake-model", script=",".join(map(str, script))),
+        spec_of(fake_model, "hash-model"),
+    ]
+    with running_server(*specs) as running:
+        yield running
+
+
+def spec_of(model: Model, name: str, **options: object) -> DeploymentSpec:
+    chip = Chip(uid=f"fake-{name}", kind=None, name="Simulated chip", vendor="mxn", memory_bytes=1 << 30, cores=1)
+    settings = LoadSettings(options=tuple((key, str(value)) for key, value in options.items()))
+    return DeploymentSpec(name=name, model=model, backend="fake", chips=[chip], settings=settings)
+
+
 @pytest.fixture
 def start_server() -> Iterator[Callable[..., Running]]:
     """Starts servers that end with the test."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         yield lambda *specs, settings=None: stack.enter_context(running_server(*specs, settings=settings))
