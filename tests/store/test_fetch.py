@@ -215,6 +215,14 @@ def test_a_folder_of_pickles_is_refused(model_folder: Path, tmp_path: Path) -> N
         fetch(str(model_folder), cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize("value", ["two", None, -1, [], {}, float("nan"), 1 << 70])
+def test_a_config_whose_values_make_no_model_is_refused(model_folder: Path, tmp_path: Path, value: object) -> None:
+    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": value}))
+    with pytest.raises(ModelError):
+        fetch(str(model_folder), cache=tmp_path / "cache")
+
+
 def test_a_truncated_local_file_is_refused(model_folder: Path, tmp_path: Path) -> None:
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mxn.errors import ModelError
 from mxn.store.integrity import check_folder, check_gguf, check_safetensors, read_json, select_files, sha256_of
@@ -46,6 +49,23 @@ def test_a_whole_file_passes(tmp_path: Path) -> None:
 )
 def test_a_header_that_lies_is_refused(tmp_path: Path, header: object, num_bytes: int, part: str) -> None:
     with pytest.raises(ModelError, match=part):
+        check_safetensors(_write(tmp_path / "x", header, num_bytes))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda child: (
+        st.lists(child, max_size=4)
+        | st.dictionaries(st.sampled_from(["a", "dtype", "shape", "data_offsets", "__metadata__"]), child, max_size=4)
+    ),
+    max_leaves=15,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(header=JSON, num_bytes=st.integers(0, 40))
+def test_no_header_raises_anything_but_a_model_error(tmp_path: Path, header: object, num_bytes: int) -> None:
+    with contextlib.suppress(ModelError):
         check_safetensors(_write(tmp_path / "x", header, num_bytes))
 
 

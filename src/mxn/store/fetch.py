@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mxn.config.environment import cache_dir, is_offline
 from mxn.config.model_card import ModelCard
 from mxn.config.source import FolderSource, GgufSource, HubSource, Source, WheelSource
-from mxn.core.model import Model
+from mxn.core.model import Model, ModelSpec
 from mxn.errors import DownloadError, ModelError
 from mxn.store.cache import Cache, Manifest, disk_errors, require_space, revision_of
 from mxn.store.convert import CONVERTER, convert_gguf
@@ -163,7 +164,7 @@ class _Job:
         if ggufs:
             folder = self._convert(ggufs[0], staging / "converted")
         config = check_folder(folder, allow_remote_code=self.card.ignores_remote_code)
-        spec_from_config(config)
+        _spec(folder, config)
         manifest = Manifest(name=self.card.name, source=self.card.source, origin=origin)
         published = self.cache.publish(self.key, folder, manifest, _hash_with_progress(folder, self.progress))
         shutil.rmtree(staging, ignore_errors=True)
@@ -240,9 +241,16 @@ def _model(card: ModelCard, folder: Path, revision: str) -> Model:
         name=card.name,
         folder=str(folder),
         revision=revision,
-        spec=spec_from_config(read_json(folder / "config.json")),
+        spec=_spec(folder, read_json(folder / "config.json")),
         licence=card.licence.name if card.licence else "",
     )
+
+
+def _spec(folder: Path, config: dict[str, Any]) -> ModelSpec:
+    try:
+        return spec_from_config(config)
+    except (TypeError, ValueError, OverflowError, ArithmeticError) as error:
+        raise ModelError(f"{folder / 'config.json'} holds values that make no model: {error}") from error
 
 
 def _key(card: ModelCard, source: Source, store: Cache, progress: Progress) -> str:
