@@ -40,7 +40,7 @@ def main(
     figures: dict[str, dict[str, float]] = {}
     with ExitStack() as stack:
         server = stack.enter_context(own_server(model, ["--backend", "fake", "--max-num-seqs", "128"]))
-        figures["mxn"] = asyncio.run(measure(server.url, server.model, requests))
+        figures["mxn"] = asyncio.run(measure(server.url, server.name, requests))
         if floor:
             figures["bare server"] = asyncio.run(measure_floor(requests))
     for label, values in figures.items():

@@ -46,7 +46,7 @@ def chat(
         if url is None:
             options = ["--backend", backend, "--quantisation", quantisation]
             server = stack.enter_context(own_server(model or DEFAULT_MODEL, options))
-            url, name = server.url, server.model
+            url, name = server.url, server.name
         else:
             url = url.rstrip("/")
             name = model or get_json(client, f"{url}/models")["data"][0]["id"]

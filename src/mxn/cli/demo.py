@@ -52,7 +52,7 @@ def demo(
                 message = {"role": "user", "content": question}
                 with http_client() as client:
                     for piece in converse(
-                        client, server.url, server.model, [message], turn, temperature=0, max_tokens=96
+                        client, server.url, server.name, [message], turn, temperature=0, max_tokens=96
                     ):
                         console.print(piece, end="", markup=False, soft_wrap=True)
                 console.print(f"\n[dim]{turn.stats_text()}[/]\n")

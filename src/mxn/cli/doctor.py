@@ -29,32 +29,32 @@ class Finding:
 
 def doctor(
     port: Annotated[int, typer.Option(help="Port that is to be free for serving.", min=0, max=65535)] = 8000,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not serve the default model.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check the set-up, and say what to do.
 
-    Versions, backends, compiler, kernels, power, memory, disk, models, network and port. Exits 1 when something fails.
+    Versions, backends, compiler, kernels, power, memory, disk, models, network, port, and whether the default model
+    gives a right answer if it is on this disk. Exits 1 when something fails.
     """
     from mxn.cli.console import EXIT_FAILURE, out, show_json
 
+    checks: list[Callable[[], Iterator[Finding]]] = [
+        *(_python, _packages, _backends, _compiler, _kernels, _power, _memory, _disk, _models, _network),
+        lambda: _port(port),
+        *([] if quick else [_self_test]),
+    ]
     findings: list[Finding] = []
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     console = out()
-    for check in (_python, _packages, _backends, _compiler, _kernels, _power, _memory, _disk, _models, _network):
+    for check in checks:
         for finding in _guarded(check):
             findings.append(finding)
             if not json_output:
-                mark = f"[{colours[finding.state]}]{finding.state:<4}[/]"
-                console.print(mark, f"{finding.what}:", end=" ", soft_wrap=True)
+                console.print(f"[{colours[finding.state]}]{finding.state:<4}[/] [bold]{finding.what}:[/]", end=" ")
                 console.print(finding.detail, markup=False, soft_wrap=True)
                 if finding.todo:
                     console.print(f"     -> {finding.todo}", markup=False, soft_wrap=True)
-    for finding in _port(port):
-        findings.append(finding)
-        if not json_output:
-            console.print(f"[{colours[finding.state]}]{finding.state:<4}[/]", f"{finding.what}: {finding.detail}")
-            if finding.todo:
-                console.print(f"     -> {finding.todo}", markup=False)
     if json_output:
         show_json(findings)
     if any(finding.state == "fail" for finding in findings):
@@ -136,7 +136,11 @@ def _compiler() -> Iterator[Finding]:
 
 def _kernels() -> Iterator[Finding]:
     """Asks in a process of its own, because asking imports torch."""
-    code = "from mxn.backends.cpu import kernel_report; print(kernel_report())"
+    code = (
+        "from mxn.attention.paged import PagedCpuAttention\n"
+        "library = PagedCpuAttention([], 1, 16).workspace.library\n"
+        "print(f'built for {library.isa}: {library.path}')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     if done.returncode == 0:
         yield Finding("cpu kernels", "ok", done.stdout.strip())
@@ -156,7 +160,14 @@ def _power() -> Iterator[Finding]:
         for chip in backend.chips():
             reader = backend.power(chip)
             is_measured = reader.kind in (ReaderKind.COUNTER, ReaderKind.EXTERNAL, ReaderKind.SAMPLED)
-            yield Finding(f"power of {chip.uid}", "ok" if is_measured else "warn", f"{reader.name}: {reader.detail}")
+            yield Finding(
+                f"power of {chip.uid}",
+                "ok" if is_measured else "warn",
+                f"{reader.name}: {reader.detail}",
+                ""
+                if is_measured
+                else "figures stay marked as estimated; on bare metal, readable RAPL counters mend that",
+            )
             reader.close()
 
 
@@ -205,6 +216,39 @@ def _models() -> Iterator[Finding]:
         "ok" if is_here else "warn",
         f"{len(cards)} cards; on this disk: {names}",
         "" if is_here else f"mxn models pull {DEFAULT_MODEL} (about 100 MB) makes the first start quick",
+    )
+
+
+def _self_test() -> Iterator[Finding]:
+    """Serves the default model, if it is here, and asks it something to which every sane copy knows the answer."""
+    import time
+
+    from mxn.cli.converse import Turn, converse, http_client
+    from mxn.cli.own_server import own_server
+    from mxn.cli.prepare import DEFAULT_MODEL
+    from mxn.errors import MxnError
+    from mxn.store.fetch import list_cached
+
+    if not any(model.name == DEFAULT_MODEL for model in list_cached()):
+        return
+    question, turn, started_s = {"role": "user", "content": "What is the capital of France?"}, Turn(), time.monotonic()
+    try:
+        with own_server(DEFAULT_MODEL, is_quiet=True) as server, http_client() as client:
+            ready_s = time.monotonic() - started_s
+            pieces = converse(client, server.url, server.name, [question], turn, temperature=0, max_tokens=24)
+            answer = "".join(pieces).strip()
+    except MxnError as error:
+        yield Finding(
+            "self-test", "fail", str(error), "mxn serve shows how far it gets; MXN_LOG_LEVEL=debug shows more"
+        )
+        return
+    is_right = "Paris" in answer
+    yield Finding(
+        "self-test",
+        "ok" if is_right else "fail",
+        f"{server.name} with {server.quantisation} and {server.attention} was ready after {ready_s:.0f} s and "
+        f'answered "{answer}" ({turn.stats_text()})',
+        "" if is_right else "the answer is wrong: try --quantisation fp32 and --attention reference, and report it",
     )
 
 

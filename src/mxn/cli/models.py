@@ -108,4 +108,4 @@ def rm(name: Annotated[str, typer.Argument(help="Name of a model in the cache.")
 def _count_text(count: object) -> str:
     if not isinstance(count, int):
         return "unknown"
-    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
+    return f"{count / 1e9:.1f} B" if count >= 0.9995e9 else f"{count / 1e6:.0f} M"

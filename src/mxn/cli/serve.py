@@ -138,6 +138,7 @@ async def _serve(
             await serving
             raise BackendError("; ".join(f"{d.name} could not be loaded: {d.reason}" for d in fleet.deployments))
         else:
+            phases.finish()
             _announce(fleet, prepared, await url, settings, json_output=json_output)
         return await serving
     finally:
@@ -157,7 +158,6 @@ async def _load(fleet: Fleet, phases: Phases) -> None:
                     phases(f"{d.name}: {d.load_phase}" if many else d.load_phase, d.load_fraction)
             await asyncio.wait({starting}, timeout=0.1)
         await starting
-        phases("ready", 1.0)
     finally:
         starting.cancel()
 
