@@ -74,20 +74,20 @@ def test_bench_measures_a_server_and_writes_a_record(
             record["num_output_tokens"] == 2 * record["workload"]["num_requests"] * record["workload"]["output_tokens"]
         )
     assert report["manifest"]["versions"]["mxn"]
-    assert "model x backend" in ran.out
+    assert "Model x backend" in ran.out
     assert "x" in page.read_text()
 
 
 def test_bench_starts_a_server_of_its_own(mxn: Mxn, model_folder: str) -> None:
     ran = mxn("bench", "--model", model_folder, "--backend", "fake", "--workloads", "quick1", "-r", "1")
     assert ran.code == 0, ran.err
-    assert "fake, HTTP" in ran.out
+    assert "Interface: HTTP." in ran.out
 
 
 def test_bench_in_process_needs_no_http(mxn: Mxn, model_folder: str) -> None:
     ran = mxn("bench", "-m", model_folder, "--backend", "fake", "--in-process", "--workloads", "quick1", "-r", "1")
     assert ran.code == 0, ran.err
-    assert "fake, HTTP" not in ran.out
+    assert "Interface: in process." in ran.out
 
 
 def test_sigterm_ends_with_exit_code_0(serve: Callable[..., Serving]) -> None:

@@ -46,9 +46,10 @@ class Spread:
         return cls(median=statistics.median(values), low=min(values), high=max(values), n=len(values))
 
 
-def metrics(results: Sequence[RequestResult], client_cpu_s: float) -> dict[str, float]:
+def metrics(results: Sequence[RequestResult], client_cpu_s: float | None) -> dict[str, float]:
     """Figures of one repetition; those that are undefined (TPOT of one-token answers, say) are left out.
 
+    client_cpu_s: CPU time of the load generator; None when it cannot be told from the engine's, in one process.
     Failed requests count in no figure; the caller reports them.
     """
     good = [r for r in results if r.error is None and r.chunk_times_s]
@@ -68,8 +69,9 @@ def metrics(results: Sequence[RequestResult], client_cpu_s: float) -> dict[str, 
         "ttft_ms": statistics.median(ttft_ms),
         "ttft_p99_ms": percentile(ttft_ms, 99),
         "request_ms": statistics.median(1e3 * (r.end_s - r.start_s) for r in good),
-        "client_cpu_share": client_cpu_s / duration_s,
     }
+    if client_cpu_s is not None:
+        figures["client_cpu_share"] = client_cpu_s / duration_s
     if all(r.num_prompt_tokens is not None for r in good):
         figures["prompt_tokens_per_s"] = sum(r.num_prompt_tokens or 0 for r in good) / duration_s
     if tpot_s and statistics.median(tpot_s) > 0:

@@ -14,6 +14,8 @@ from mxn.core.quantity import Provenance, Quantity
 if TYPE_CHECKING:
     from rich.table import Table
 
+_TEXT_COLUMNS = ("Model", "Backend", "Workload", "Figure", "Arm", "Power")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
@@ -31,9 +33,10 @@ def matrix(records: Sequence[Record]) -> Grid:
     Watts and tokens per watt belong to the batch when one was run, else to the stream.
     """
     labels = list(dict.fromkeys(r.subject.label for r in records))
-    sources: dict[str, str] = {}
     rows = []
-    batch_title = "batch"
+    sources: dict[str, None] = {}  # ordered sets
+    interfaces: dict[str, None] = {}
+    batch_title = "Batch"
     for label in labels:
         own = [r for r in records if r.subject.label == label]
         one = next((r for r in own if r.workload.headline == "decode_tokens_per_s"), None)
@@ -41,40 +44,39 @@ def matrix(records: Sequence[Record]) -> Grid:
         main = batch or one or own[0]
         if batch:
             batch_title = f"{batch.workload.concurrency} streams"
-        timed = one or main
-        subject = main.subject
-        for quantity in (main.mean_watts, main.tokens_per_watt):
-            sources[quantity.source] = f"{quantity.provenance}: {quantity.source}"
+        subject, watts = main.subject, main.mean_watts
+        sources[f"{watts.provenance}: {watts.source}"] = None
+        interfaces[subject.interface] = None
         rows.append(
             (
                 subject.model,
-                subject.backend if subject.interface == "in process" else f"{subject.backend}, {subject.interface}",
-                subject.quantisation,
+                f"{subject.backend} {subject.quantisation}",
                 figure(one.headline) if one else "-",
-                figure(timed.metrics.get("ttft_ms")),
+                figure((one or main).metrics.get("ttft_ms")),
                 figure(batch.headline) if batch else "-",
-                quantity_text(main.mean_watts),
-                quantity_text(main.tokens_per_watt, show_unit=False),
+                number_text(watts.value) if watts.value is not None else "-",
+                number_text(main.tokens_per_watt.value) if main.tokens_per_watt.value is not None else "-",
+                provenance_text(watts),
             )
         )
-    faults = tuple(f"{r.subject.label}, {r.workload.name}: {fault}" for r in records for fault in r.faults)
     return Grid(
-        title="model x backend",
+        title="Model x backend",
         columns=(
             "Model",
             "Backend",
-            "Quantisation",
-            "Tokens/s, 1 stream",
+            "1 stream tokens/s",
             "TTFT ms",
-            f"Tokens/s, {batch_title}",
+            f"{batch_title} tokens/s",
             "Watts",
             "Tokens per watt",
+            "Power",
         ),
         rows=tuple(rows),
         notes=(
-            "Tokens per watt = (output tokens/s) / W = output tokens per joule, idle power included.",
-            *(f"Power {text}." for text in sources.values()),
-            *(f"FAULT {fault}" for fault in faults),
+            f"Interface: {', '.join(interfaces)}. Tokens per watt = (output tokens/s) / W = output tokens per joule, "
+            "idle power included.",
+            *(f"Power {text}." for text in sources),
+            *_fault_notes(records),
         ),
     )
 
@@ -99,7 +101,7 @@ def comparison(records: Sequence[Record]) -> Grid:
     notes = ["Median [lowest, highest] of the repetitions."]
     if len(labels) > 1:
         notes.append(f"x: how many times better than {labels[0]}; median [lowest, highest] over paired repetitions.")
-    return Grid(title="workloads", columns=("Workload", "Figure", *labels), rows=tuple(rows), notes=tuple(notes))
+    return Grid(title="Workloads", columns=("Workload", "Figure", *labels), rows=tuple(rows), notes=tuple(notes))
 
 
 def details(records: Sequence[Record]) -> Grid:
@@ -110,15 +112,17 @@ def details(records: Sequence[Record]) -> Grid:
             r.workload.name,
             *(figure(r.metrics.get(m)) for m in ("ttft_ms", "tpot_ms", "itl_p99_ms", "output_tokens_per_s")),
             "-" if r.num_cached_tokens is None else str(r.num_cached_tokens),
-            quantity_text(r.mean_watts),
-            quantity_text(r.tokens_per_watt, show_unit=False),
-            quantity_text(r.total_tokens_per_watt, show_unit=False),
+            *(
+                "-" if q.value is None else number_text(q.value)
+                for q in (r.mean_watts, r.tokens_per_watt, r.total_tokens_per_watt)
+            ),
+            provenance_text(r.mean_watts),
             figure(r.metrics.get("client_cpu_share")),
         )
         for r in records
     ]
     return Grid(
-        title="details",
+        title="Details",
         columns=(
             "Arm",
             "Workload",
@@ -130,11 +134,16 @@ def details(records: Sequence[Record]) -> Grid:
             "Watts",
             "Output tokens/J",
             "Total tokens/J",
+            "Power",
             "Client cores",
         ),
         rows=tuple(rows),
-        notes=tuple(f"FAULT {r.subject.label}, {r.workload.name}: {f}" for r in records for f in r.faults),
+        notes=_fault_notes(records),
     )
+
+
+def _fault_notes(records: Sequence[Record]) -> tuple[str, ...]:
+    return tuple(f"FAULT {r.subject.label}, {r.workload.name}: {fault}" for r in records for fault in r.faults)
 
 
 def to_rich(grid: Grid) -> Table:
@@ -145,9 +154,10 @@ def to_rich(grid: Grid) -> Table:
 
     caption = Text("\n".join(grid.notes)) if grid.notes else None
     table = Table(title=grid.title, caption=caption, box=box.SIMPLE_HEAD, caption_justify="left", title_justify="left")
-    num_text = sum(c in ("Model", "Backend", "Quantisation", "Workload", "Figure", "Arm") for c in grid.columns)
-    for index, column in enumerate(grid.columns):
-        table.add_column(column, justify="left" if index < num_text else "right", overflow="fold")
+    table.title_style, table.caption_style = "bold", "dim"
+    for column in grid.columns:
+        is_text = column in _TEXT_COLUMNS
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=column in ("Model", "Arm", "Workload"))
     for row in grid.rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
@@ -210,14 +220,9 @@ def number_text(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def quantity_text(quantity: Quantity, *, show_unit: bool = True) -> str:
-    """Value, unit and how far to trust it; "unavailable" when unknown."""
-    if quantity.value is None:
-        return "unavailable"
-    text = number_text(quantity.value) + (f" {quantity.unit}" if show_unit else "")
+def provenance_text(quantity: Quantity) -> str:
+    """How the figure came to be and how far to trust it."""
     error = quantity.relative_error
-    if quantity.provenance is Provenance.ESTIMATED:
-        return f"{text} estimated" + (f", factor {1 + error:.2g}" if error else "")
-    if quantity.provenance is Provenance.MEASURED and error is None:
-        return f"{text} measured"
-    return f"{text} {quantity.provenance}" + (f" ±{100 * error:.0f} %" if error else "")
+    if quantity.provenance is Provenance.ESTIMATED and error:
+        return f"estimated, within x{1 + error:.2g}"
+    return f"{quantity.provenance}" + (f" ±{100 * error:.0f} %" if error else "")

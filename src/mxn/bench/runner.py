@@ -80,7 +80,8 @@ async def _run_once(arm: Arm, workload: Workload, texts: Sequence[str], into: _C
     window, cpu_s = EnergyWindow(arm.readers), time.process_time()
     results = await arm.run(texts, workload.output_tokens, workload.concurrency)
     into.energy.append(window.end())
-    into.figures.append(metrics(results, time.process_time() - cpu_s))
+    client_cpu_s = time.process_time() - cpu_s if arm.subject.interface == "HTTP" else None
+    into.figures.append(metrics(results, client_cpu_s))
     into.results += results
     into.faults += _faults(results, workload)
 

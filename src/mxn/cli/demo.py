@@ -39,7 +39,7 @@ def demo(
     with ExitStack() as stack:
         for index, wanted in enumerate(quantisation.split(",")):
             notes.print(f"[bold]Starting[/] mxn serve {name} --quantisation {wanted}")
-            server = stack.enter_context(own_server(name, ["--quantisation", wanted]))
+            server = stack.enter_context(own_server(name, ["--quantisation", wanted, "--kv-gib", "0.5"]))
             arm = HttpArm(
                 server.subject(f"{server.backend} {server.quantisation}"), server.url, readers=local_readers(server.url)
             )
@@ -57,7 +57,7 @@ def demo(
                         console.print(piece, end="", markup=False, soft_wrap=True)
                 console.print(f"\n[dim]{turn.stats_text()}[/]\n")
         records = run(arms, parse_workloads("quick"), PromptMaker(folder, seed=0), repetitions=repetitions)
-    console.print(to_rich(matrix(records)))
+        console.print(to_rich(matrix(records)))
     if json_path:
         save(Report(manifest=manifest(seed=0), records=tuple(records)), json_path)
     notes.print(f"[dim]{time.monotonic() - started_s:.0f} s in all. Next: mxn serve, mxn chat, mxn bench --help[/]")
