@@ -97,9 +97,7 @@ def test_prefix_hits_are_reported_as_cached_tokens(server: Running) -> None:
 
 def test_the_same_seed_gives_the_same_text_and_choices_differ(server: Running) -> None:
     body = completion(model="hash-model", seed=5, n=3, max_tokens=20, ignore_eos=True)
-    first, second = (
-        [choice["text"] for choice in server.post(COMPLETIONS, body).json()["choices"]] for _ in range(2)
-    )
+    first, second = ([choice["text"] for choice in server.post(COMPLETIONS, body).json()["choices"]] for _ in range(2))
     assert first == second
     assert len(set(first)) == 3
     alone = server.post(COMPLETIONS, {**body, "n": 1}).json()["choices"][0]["text"]
@@ -138,13 +136,9 @@ def test_token_ids_and_text_are_the_same_prompt(server: Running) -> None:
         ({"max_tokens": 3}, "hel", "length"),
     ],
 )
-def test_where_a_text_ends(
-    server: Running, stream: bool, fields: dict[str, object], text: str, reason: str
-) -> None:
+def test_where_a_text_ends(server: Running, stream: bool, fields: dict[str, object], text: str, reason: str) -> None:
     response = server.post(COMPLETIONS, completion(stream=stream, **fields))
-    choices = (
-        [event["choices"][0] for event in events_of(response)] if stream else response.json()["choices"]
-    )
+    choices = [event["choices"][0] for event in events_of(response)] if stream else response.json()["choices"]
     assert "".join(choice["text"] for choice in choices) == text
     assert choices[-1]["finish_reason"] == reason
 

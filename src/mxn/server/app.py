@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from mxn import __version__
 from mxn.server.admin import AdminRoutes, DetokenizeEndpoint, TokenizeEndpoint
@@ -37,6 +37,7 @@ def build_app(fleet: Fleet, settings: ServerSettings) -> FastAPI:
         finally:
             await gateway.close()
 
+    routes = _routes(gateway)
     app = FastAPI(
         title="mxn",
         version=__version__,
@@ -46,14 +47,14 @@ def build_app(fleet: Fleet, settings: ServerSettings) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
         exception_handlers={HTTPException: _answer_http_exception},
-        routes=_routes(gateway),
+        routes=[*routes],
     )
     app.state.gateway = gateway
-    app.add_middleware(Gate, gateway=gateway)
+    app.add_middleware(Gate, gateway=gateway, templates={route.endpoint: route.path for route in routes})
     return app
 
 
-def _routes(gateway: Gateway) -> list[BaseRoute]:
+def _routes(gateway: Gateway) -> list[Route]:
     """Plain routes: FastAPI's own would cost more than the whole way to the engine."""
     admin = AdminRoutes(gateway)
     schema = openapi_schema()

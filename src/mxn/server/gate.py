@@ -12,6 +12,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from mxn.errors import OverloadedError, RequestError, UnavailableError
@@ -33,11 +34,15 @@ _CLIENT_GONE = 499
 
 
 class Gate:
-    """ASGI middleware around all routes."""
+    """ASGI middleware around all routes.
 
-    def __init__(self, app: Any, gateway: Gateway) -> None:
+    templates: endpoint -> path of its route, the names under which requests are counted.
+    """
+
+    def __init__(self, app: Any, gateway: Gateway, templates: Mapping[Any, str]) -> None:
         self._app = app
         self._gateway = gateway
+        self._templates = templates
         self._digests = [hashlib.sha256(key.encode()).digest() for key in gateway.settings.api_keys]
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
@@ -113,7 +118,7 @@ class Gate:
         self, scope: dict[str, Any], status: int, request_id: bytes, client_id: bytes | None, seconds: float
     ) -> None:
         """Counts the request and writes its line to the access log."""
-        template = str(getattr(scope.get("route"), "path", "unknown"))
+        template = self._templates.get(scope.get("endpoint"), "unknown")
         self._gateway.metrics.count_http(template, scope["method"], status)
         if log.isEnabledFor(logging.INFO):
             client = f" client_id={client_id.decode()}" if client_id else ""

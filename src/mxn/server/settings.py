@@ -19,6 +19,7 @@ class ServerSettings:
     send_timeout_s: longest wait for a client to take bytes before its request is aborted.
     socket_buffer_bytes: kernel send buffer per connection, so that slow readers cost little memory.
     template_*: limits of the child process that renders a model's chat template.
+    max_template_bytes: what a template may add to the messages it renders.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)

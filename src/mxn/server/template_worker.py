@@ -163,7 +163,7 @@ def main() -> None:
         elif template is None:
             answer = Failed("it does not compile")
         else:
-            answer = _answer(template, setup, request, max_bytes)
+            answer = _answer(template, setup, request, max_bytes + len(frame))
         signal.setitimer(signal.ITIMER_REAL, 0)
         data = msgspec.msgpack.encode(answer)
         sink.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)

@@ -1,0 +1,93 @@
+"""What /metrics says, and that clients cannot make it grow."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from .conftest import SCRIPT, Running
+
+
+def samples(server: Running) -> dict[tuple[str, str], float]:
+    """(name, labels as text) -> value."""
+    text = server.http.get("/metrics").text
+    return {
+        (sample.name, ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_a_request_moves_its_counters_and_histograms(server: Running) -> None:
+    before = samples(server)
+    server.post("/v1/completions", {"model": "fake-model", "prompt": "abcd", "max_tokens": 50})
+    after = samples(server)
+
+    def grew(name: str, labels: str = "model=fake-model") -> float:
+        return after[name, labels] - before.get((name, labels), 0.0)
+
+    assert grew("mxn_prompt_tokens_total") == 4
+    assert grew("mxn_output_tokens_total") == len(SCRIPT) + 1
+    assert grew("mxn_requests_total", "model=fake-model,outcome=stop") == 1
+    assert grew("mxn_time_to_first_token_seconds_count") == 1
+    assert grew("mxn_request_duration_seconds_count") == 1
+    assert grew("mxn_inter_token_latency_seconds_count") >= 1
+    assert grew("mxn_engine_output_tokens_total") == len(SCRIPT) + 1
+    assert grew("mxn_engine_steps_total") >= len(SCRIPT)
+    assert grew("mxn_http_requests_total", "method=POST,route=/v1/completions,status=200") == 1
+
+
+def test_gauges_and_facts_of_deployments_are_there(server: Running) -> None:
+    found = samples(server)
+    names = {name for name, _ in found}
+    assert {
+        "mxn_sequences_running",
+        "mxn_sequences_waiting",
+        "mxn_kv_blocks",
+        "mxn_kv_blocks_free",
+        "mxn_kv_cache_usage_ratio",
+        "mxn_engine_sequences_aborted_total",
+        "mxn_engine_sequences_failed_total",
+        "mxn_cached_tokens_total",
+        "mxn_build_info",
+        "mxn_http_requests_active",
+    } <= names
+    assert found["mxn_deployment_ready", "model=fake-model"] == 1
+    assert found["mxn_kv_blocks", "model=fake-model"] > 0
+    info = next(labels for name, labels in found if name == "mxn_deployment_info" and "fake-model" in labels)
+    assert "backend=fake" in info
+
+
+def test_unknown_models_routes_and_methods_add_no_series(server: Running) -> None:
+    server.post("/v1/completions", {"model": "x", "prompt": "a"})
+    server.http.get("/v1/models/x")
+    server.http.get("/unknown")
+    server.http.request("BREW", "/livez")
+    samples(server)
+    before = set(samples(server))
+    for i in range(200):
+        server.post("/v1/completions", {"model": f"model-{i}", "prompt": "a"})
+        server.http.get(f"/v1/models/model-{i}")
+        server.http.get(f"/unknown-{i}")
+        server.http.request(f"M{i}", "/livez")
+    assert set(samples(server)) == before
+
+
+def test_names_follow_prometheus_rules(server: Running) -> None:
+    text = server.http.get("/metrics").text
+    for family in text_string_to_metric_families(text):
+        assert re.fullmatch(r"(mxn|process)_[a-z_]+", family.name)
+        assert family.documentation
+        if family.type != "counter":
+            assert not family.name.endswith("_total")
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_has_nothing_to_say(server: Running) -> None:
+    text = server.http.get("/metrics").content
+    done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
