@@ -80,12 +80,12 @@ def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None = None, *, workspa
     for start in range(0, n, step):
         rows = weight.detach()[start : start + step].float().contiguous()
         bad = workspace.library.pack_int8(
+            workspace.handle,
             rows.data_ptr(),
             len(rows),
             k,
             panels.data_ptr() + start * depth,
             scales.data_ptr() + 4 * start,
-            workspace.threads,
         )
         if bad >= 0:
             raise ValueError(f"weight holds NaN or infinity in row {start + bad}")

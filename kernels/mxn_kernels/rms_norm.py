@@ -21,7 +21,7 @@ def rms_norm(
         x = x.contiguous()
     y = torch.empty_like(x)
     workspace.library.rms_norm(
-        x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps, offset, y.data_ptr(), workspace.threads
+        workspace.handle, x.data_ptr(), weight.data_ptr(), x.numel() // width, width, eps, offset, y.data_ptr()
     )
     return y
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from mxn_kernels.cpu import Workspace
@@ -10,6 +12,7 @@ from mxn_kernels.int8_linear import MAX_INPUTS, int8_linear, int8_linear_referen
 pytestmark = pytest.mark.torch
 
 SHAPES = [(1, 1), (1, 100), (31, 3), (32, 32), (33, 31), (77, 100), (192, 576), (576, 1536), (100, 577)]
+TURNS = [(1, 576, 576), (40, 300, 576), (2, 32, 33), (9, 2000, 64), (1, 1000, 1000)]
 ROWS = [0, 1, 2, 3, 7, 13, 32, 47, 48, 130, 700]
 
 
@@ -61,6 +64,18 @@ def test_result_does_not_depend_on_threads(workspace: Workspace, threads: int) -
     packed = pack_int8(w, b, workspace=workspace)
     other = Workspace(threads, workspace.library.isa)
     assert torch.equal(int8_linear(x, packed, workspace=other), int8_linear(x, packed, workspace=workspace))
+
+
+def test_calls_in_quick_turns_do_not_mix(workspace: Workspace) -> None:
+    """Small and large products, with and without pauses that let the team fall asleep, on more threads than cores."""
+    team, alone = Workspace(5, workspace.library.isa), Workspace(1, workspace.library.isa)
+    layers = [(made(rows, n, k)[0], pack_int8(made(1, n, k)[1], workspace=team)) for rows, n, k in TURNS]
+    expected = [int8_linear(x, packed, workspace=alone) for x, packed in layers]
+    for turn in range(60):
+        for (x, packed), answer in zip(layers, expected, strict=True):
+            assert torch.equal(int8_linear(x, packed, workspace=team), answer)
+        if turn % 20 == 0:
+            time.sleep(0.002)
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])

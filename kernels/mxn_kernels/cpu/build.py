@@ -27,7 +27,7 @@ from mxn_kernels.errors import KernelUnavailable
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 300
 
 ISAS = {"avx512": (), "avxvnni": ("-mno-avx512f",), "avx2": ("-mno-avx512f", "-mno-avxvnni")}

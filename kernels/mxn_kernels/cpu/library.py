@@ -7,7 +7,7 @@ import weakref
 from functools import cache
 from pathlib import Path
 
-import torch  # loaded first: a library linked to libgomp then shares torch's OpenMP threads
+import torch
 
 from mxn_kernels.cpu.build import best_isa, build
 from mxn_kernels.errors import KernelUnavailable
@@ -22,9 +22,9 @@ ENTRY_POINTS = {
     "mxn_workspace_destroy": (None, [_POINTER]),
     "mxn_plan_create": (_POINTER, []),
     "mxn_plan_destroy": (None, [_POINTER]),
-    "mxn_pack_int8": (_LONG, [_POINTER, _LONG, _LONG, _POINTER, _POINTER, _INT]),
+    "mxn_pack_int8": (_LONG, [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER]),
     "mxn_int8_linear": (_INT, [_POINTER, _POINTER, _POINTER, _LONG, _POINTER]),
-    "mxn_rms_norm": (None, [_POINTER, _POINTER, _LONG, _INT, _FLOAT, _FLOAT, _POINTER, _INT]),
+    "mxn_rms_norm": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _FLOAT, _FLOAT, _POINTER]),
     "mxn_paged_attention": (_INT, [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
     "mxn_copy_blocks": (None, [_POINTER, _LONG, _POINTER, _LONG]),
 }
@@ -60,7 +60,10 @@ def load_library(isa: str | None = None) -> Library:
 
 
 class Workspace:
-    """Scratch memory and thread count for one caller at a time; the ops of one engine share one."""
+    """Threads and scratch memory for one caller at a time (the interpreter lock, held during calls, sees to that).
+
+    Its threads run only while an op does and fall asleep 100 us later; ops that alternate should share one: `shared`.
+    """
 
     def __init__(self, threads: int, isa: str | None = None) -> None:
         if not 1 <= threads <= 1024:
@@ -73,6 +76,16 @@ class Workspace:
             raise MemoryError("no memory for a kernel workspace")
         weakref.finalize(self, self.library.workspace_destroy, self.handle)
         weakref.finalize(self, self.library.plan_destroy, self.plan)
+
+    @staticmethod
+    def shared(threads: int, isa: str | None = None) -> Workspace:
+        """The process's workspace of that size: two would have twice the threads awake."""
+        return _shared(threads, isa or best_isa())
+
+
+@cache
+def _shared(threads: int, isa: str) -> Workspace:
+    return Workspace(threads, isa)
 
 
 _HUGE_PAGE = 2 << 20

@@ -46,7 +46,7 @@ class PagedCpuAttention(AttentionBackend):
         """
         super().__init__(layers, num_blocks, block_size)
         prepare_cpu_kernels(isa)
-        self.workspace = Workspace(threads or torch.get_num_threads(), isa)
+        self.workspace = Workspace.shared(threads or torch.get_num_threads(), isa)
         self.caches = [
             LayerCache.allocate(
                 num_blocks=num_blocks,

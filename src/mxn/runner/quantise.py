@@ -89,7 +89,7 @@ def quantise_int8(model: nn.Module, *, threads: int, isa: str | None = None) -> 
     Raises: ModelError naming a tensor that holds NaN or infinity; KernelUnavailableError with the reason.
     """
     prepare_cpu_kernels(isa)
-    workspace = Workspace(threads, isa)
+    workspace = Workspace.shared(threads, isa)
     report = QuantisationReport(isa=workspace.library.isa)
     generator = torch.Generator().manual_seed(0)
     for name, module in list(model.named_modules()):

@@ -1,7 +1,7 @@
 // Paged attention with write. The way of a call: check every index it will follow, write the new keys and values, then attend to each
 // sequence by its own length: one new token goes the decode way, more go the prefill way, whatever its neighbours do.
 #include <algorithm>
-#include <atomic>
+#include <new>
 #include <vector>
 
 #include "attention.h"
@@ -89,6 +89,8 @@ struct Plan {
 
 // Multiply-adds below which a second thread does not pay for its waking.
 constexpr int64_t SERIAL_WORK = 1 << 16;
+constexpr int64_t SERIAL_WRITE = 4096;   // likewise for values written
+constexpr int TOKENS_PER_ITEM = 16;      // written by a thread at a time
 
 extern "C" Plan* mxn_plan_create() { return new (std::nothrow) Plan(); }
 extern "C" void mxn_plan_destroy(Plan* plan) { delete plan; }
@@ -104,49 +106,35 @@ extern "C" int mxn_paged_attention(Workspace* space, Plan* plan, const LayerCach
     int64_t work = 0;
     for (int s = 0; s < batch->num_seqs; s++)
         work += (int64_t)call.query_len(s) * call.context(s) * in->num_heads * (cache->key_dim + cache->value_dim);
-    int threads = work < SERIAL_WORK ? 1 : space->threads;
+    bool alone = work < SERIAL_WORK;
     size_t scratch = 0;
     if (!plan->prefill.empty()) scratch = prefill_scratch_bytes(call);
     if (!plan->decode.empty()) scratch = std::max(scratch, decode_scratch_bytes(call));
-    for (int t = 0; t < threads; t++)
-        if (!space->own[t].reserve(scratch)) return (fault->kind = NO_MEMORY);
+    for (Arena& own : space->own)
+        if (!own.reserve(scratch)) return (fault->kind = NO_MEMORY);
     if (!space->shared.reserve(sizeof(float) * plan->num_partials * partial_floats(call))) return (fault->kind = NO_MEMORY);
     float* partials = (float*)space->shared.base;
 
-    // A few tokens are written faster than threads can meet; every write is done before any read.
-    bool write_alone = threads == 1 || written < 4096;
-    if (write_alone)
+    // A few tokens are written faster than threads can meet. Either way every write is done before any read.
+    long write_items = (batch->num_tokens + TOKENS_PER_ITEM - 1) / TOKENS_PER_ITEM;
+    if (alone || written < SERIAL_WRITE) {
         for (int64_t t = 0; t < batch->num_tokens; t++) write_token(call, t);
-
-    std::atomic<size_t> next{0};
-    auto run = [&](int thread, int count) {
+        write_items = 0;
+    }
+    size_t prefills = plan->prefill.size();
+    const long items[Team::MAX_PHASES] = {write_items, (long)(prefills + plan->decode.size()), (long)plan->merges.size()};
+    space->team.run(items, alone, [&](int phase, long i, int thread) {
         FlushDenormals guard;
-        if (!write_alone) {
-            Share mine(batch->num_tokens, thread, count);
-            for (int64_t t = mine.first; t < mine.last; t++) write_token(call, t);
-#pragma omp barrier
-        }
-        char* own = space->own[thread].base;
-        size_t prefills = plan->prefill.size(), units = prefills + plan->decode.size();
-        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
-            if (i < prefills) prefill_tile(call, plan->prefill[i], own);
-            else decode_chunk(call, plan->decode[i - prefills], own, partials);
-        }
-        if (plan->merges.empty()) return;
-        if (count > 1) {
-#pragma omp barrier
-        }
-        Share mine(plan->merges.size(), thread, count);
-        for (long i = mine.first; i < mine.last; i++) {
+        if (phase == 0) {
+            int64_t last = std::min<int64_t>((i + 1) * TOKENS_PER_ITEM, batch->num_tokens);
+            for (int64_t t = i * TOKENS_PER_ITEM; t < last; t++) write_token(call, t);
+        } else if (phase == 1) {
+            if (i < (long)prefills) prefill_tile(call, plan->prefill[i], space->own[thread].base);
+            else decode_chunk(call, plan->decode[i - prefills], space->own[thread].base, partials);
+        } else {
             const DecodeUnit& m = plan->merges[i];
             merge_chunks(call, m.seq, m.head, m.partial, m.chunk, partials);
         }
-    };
-    if (threads == 1) {
-        run(0, 1);
-    } else {
-#pragma omp parallel num_threads(threads)
-        run(omp_get_thread_num(), omp_get_num_threads());
-    }
+    });
     return FINE;
 }

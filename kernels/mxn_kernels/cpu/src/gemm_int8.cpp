@@ -5,6 +5,7 @@
 // A row that holds NaN or infinity gets a NaN scale and zero inputs: its outputs are NaN and nothing else changes.
 #include <math.h>
 #include <string.h>
+#include <algorithm>
 #include <atomic>
 
 #include "simd.h"
@@ -14,6 +15,7 @@ constexpr int PANEL = 32;            // output channels per panel: [n / 32][k / 
 constexpr int DEPTH_STEP = 16;       // inputs are padded to a multiple of this
 constexpr int PREFETCH_BYTES = 2048;
 constexpr float SMALLEST = 1e-30f;   // below this a row counts as zero: 127 / max would overflow
+constexpr int ROWS_PER_ITEM = 8;      // rows that a thread quantises at a time
 constexpr uint32_t INFINITY_BITS = 0x7f800000;
 
 // ---------------------------------------------------------------- integer vectors
@@ -208,7 +210,7 @@ struct Division {
 extern "C" int mxn_int8_linear(Workspace* space, const Int8Weight* w, const float* x, int64_t rows, float* y) {
     if (rows == 0) return 0;
     int depth = round_up(w->k, DEPTH_STEP), panels = (w->n + PANEL - 1) / PANEL;
-    Division division(rows, panels, depth, space->threads);
+    Division division(rows, panels, depth, space->threads());
     auto lay_out = [&](char* base, Activations* to) {
         Layout layout{base};
         *to = {layout.take<int8_t>(rows * depth), layout.take<float>(rows), layout.take<int32_t>(rows)};
@@ -222,40 +224,38 @@ extern "C" int mxn_int8_linear(Workspace* space, const Int8Weight* w, const floa
     } else if (!space->shared.reserve(bytes)) return OUT_OF_MEMORY;
     lay_out(space->shared.base, &common);
 
-    std::atomic<int64_t> next{0};
-    auto run = [&](int thread, int threads) {
+    // Phase 0 quantises rows, phase 1 multiplies. A thread that quantises alone does so before its first item.
+    std::vector<char> ready(division.quantise_alone ? division.threads : 0);
+    const long quantise_items = division.quantise_alone ? 0 : (rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM;
+    const long items[Team::MAX_PHASES] = {quantise_items, division.row_blocks * division.groups, 0};
+    space->team.run(items, division.threads == 1, [&](int phase, long item, int thread) {
         FlushDenormals guard;
+        if (phase == 0) {
+            int64_t last = std::min((item + 1) * ROWS_PER_ITEM, rows);
+            for (int64_t r = item * ROWS_PER_ITEM; r < last; r++) quantise_row(x + r * w->k, w->k, r, depth, common);
+            return;
+        }
         Activations input = common;
         if (division.quantise_alone) {
             lay_out(space->own[thread].base, &input);
-            for (int64_t r = 0; r < rows; r++) quantise_row(x + r * w->k, w->k, r, depth, input);
-        } else {
-            Share mine(rows, thread, threads);
-            for (int64_t r = mine.first; r < mine.last; r++) quantise_row(x + r * w->k, w->k, r, depth, input);
-#pragma omp barrier
+            if (!ready[thread])
+                for (int64_t r = 0; r < rows; r++) quantise_row(x + r * w->k, w->k, r, depth, input);
+            ready[thread] = 1;
         }
-        for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < division.row_blocks * division.groups;) {
-            Share block(rows, item / division.groups, division.row_blocks), group(panels, item % division.groups, division.groups);
-            multiply(*w, input, depth, block.first, block.last, group.first, group.last, y);
-        }
-    };
-    if (division.threads == 1) {
-        run(0, 1);
-    } else {
-#pragma omp parallel num_threads(division.threads)
-        run(omp_get_thread_num(), omp_get_num_threads());
-    }
+        Share block(rows, item / division.groups, division.row_blocks), group(panels, item % division.groups, division.groups);
+        multiply(*w, input, depth, block.first, block.last, group.first, group.last, y);
+    });
     return 0;
 }
 
 // ---------------------------------------------------------------- packing
 
 // Packs rows of a float matrix into panels. Returns -1, or the first row that holds NaN or infinity.
-extern "C" int64_t mxn_pack_int8(const float* weight, int64_t n, int64_t k, uint8_t* panels, float* scales, int threads) {
+extern "C" int64_t mxn_pack_int8(Workspace* space, const float* weight, int64_t n, int64_t k, uint8_t* panels, float* scales) {
     int64_t depth = (k + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP, count = (n + PANEL - 1) / PANEL;
     std::atomic<int64_t> bad{n};
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t p = 0; p < count; p++) {
+    const long items[Team::MAX_PHASES] = {count, 0, 0};
+    space->team.run(items, false, [&](int, long p, int) {
         uint8_t* panel = panels + p * PANEL * depth;
         memset(panel, 128, PANEL * depth);
         for (int c = 0; c < PANEL; c++) {
@@ -280,7 +280,7 @@ extern "C" int64_t mxn_pack_int8(const float* weight, int64_t n, int64_t k, uint
             for (int64_t i = 0; i < k; i++) panel[i / 4 * (4 * PANEL) + c * 4 + i % 4] = (uint8_t)(128 + (int)rintf(x[i] * inverse));
             scales[row] = peak / 127.f;
         }
-    }
+    });
     int64_t row = bad.load();
     return row == n ? -1 : row;
 }

@@ -21,9 +21,13 @@ static void rms_norm_row(const float* x, const float* weight, int width, float e
     if (tail) store16(y + whole, tail, mul(mul(load16(x + whole, tail), scale), add(load16(weight + whole, tail), shift)));
 }
 
-extern "C" void mxn_rms_norm(const float* x, const float* weight, long rows, int width, float eps, float offset, float* y, int threads) {
-    // Below 64 K values a parallel region costs more than it saves.
-    if (rows * width < 65536) threads = 1;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (long r = 0; r < rows; r++) rms_norm_row(x + r * width, weight, width, eps, offset, y + r * width);
+constexpr int64_t SERIAL_VALUES = 65536;  // below this a second thread costs more than it saves
+
+extern "C" void mxn_rms_norm(Workspace* space, const float* x, const float* weight, int64_t rows, int width, float eps, float offset, float* y) {
+    long parts = rows * width < SERIAL_VALUES ? 1 : space->threads() * 4;
+    const long items[Team::MAX_PHASES] = {parts, 0, 0};
+    space->team.run(items, parts == 1, [&](int, long item, int) {
+        Share mine(rows, item, parts);
+        for (long r = mine.first; r < mine.last; r++) rms_norm_row(x + r * width, weight, width, eps, offset, y + r * width);
+    });
 }

@@ -1,20 +1,19 @@
-// Scratch memory of one caller: an arena for each thread and one that the threads of a call share.
+// What one caller computes with: a team of threads, and scratch memory for each of them and for all.
 //
-// Every call lays out its arenas anew from the start, so nothing is carried from one operation to the next, and calls with the
-// same workspace must not overlap. Arenas only grow.
+// Every call lays out its arenas anew from the start, so nothing is carried from one operation to the next, and calls with the same
+// workspace must not overlap. Arenas only grow.
 #pragma once
-#include <omp.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <vector>
 
-constexpr size_t CACHE_LINE = 64;
+#include "team.h"
+
 constexpr int OUT_OF_MEMORY = -1;
 
-struct Arena {
+struct alignas(CACHE_LINE) Arena {  // threads must not share cache lines
     char* base = nullptr;
     size_t capacity = 0;
-    char padding[CACHE_LINE - sizeof(char*) - sizeof(size_t)];  // threads grow their own arena: keep them off one cache line
 
     bool reserve(size_t bytes) {
         if (bytes <= capacity) return true;
@@ -41,15 +40,16 @@ struct Layout {
 };
 
 struct Workspace {
-    int threads;
+    Team team;
     Arena shared;
     std::vector<Arena> own;
 
-    explicit Workspace(int n) : threads(n), own(n) {}
+    explicit Workspace(int threads) : team(threads), own(threads) {}
     ~Workspace() {
         free(shared.base);
         for (Arena& a : own) free(a.base);
     }
+    int threads() const { return team.size(); }
 };
 
 // The part [first, last) of `total` that falls to `index` of `parts`.
