@@ -73,6 +73,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Threads only get in each other's way on models this small."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def make_config() -> Callable[..., Any]:
     """Config of a tiny model of a family, with changes."""
@@ -105,6 +111,30 @@ def make_model(tmp_path: Path, make_config: Callable[..., Any]) -> Callable[...,
         return model, Model(name=family, folder=str(folder), revision="0", spec=spec)
 
     return make
+
+
+@pytest.fixture
+def kernels() -> None:
+    """Skips where the C++ kernels cannot be built."""
+    from mxn.attention.paged import prepare_cpu_kernels
+    from mxn.errors import KernelUnavailableError
+
+    try:
+        prepare_cpu_kernels()
+    except KernelUnavailableError as error:
+        pytest.skip(f"no C++ kernels: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Model:
+    """SmolLM2-135M-Instruct in the model cache, fetched on first use."""
+    from mxn.errors import DownloadError
+    from mxn.store.fetch import fetch
+
+    try:
+        return fetch("smollm2-135m-instruct")
+    except DownloadError as error:
+        pytest.skip(f"the weights cannot be fetched here: {error}")
 
 
 @pytest.fixture

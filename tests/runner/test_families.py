@@ -63,6 +63,30 @@ def test_greedy_tokens_and_logprobs_equal_generate(
     assert torch.allclose(chosen, prompt_logprobs(runner, four[3]), atol=2e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_int8_path_stays_near_fp32_and_ignores_the_batch(
+    family: str, make_model: Callable[..., Any], decode: Callable[..., list[list[int]]], kernels: None
+) -> None:
+    from mxn.core.model import LoadSettings
+    from mxn.runner.cpu import load_cpu_runner
+
+    model, saved = make_model(family)
+    settings = LoadSettings(quantisation="int8", kv_bytes=2**22, max_num_seqs=8)
+    runner = load_cpu_runner(saved, settings, cores=1, free_bytes=lambda: 2**32, progress=lambda phase, fraction: None)
+    assert (runner.quantisation, runner.attention_name) == ("int8", "cpu-cpp")
+    four = prompts(model.config.vocab_size)
+    together = decode(runner, four, NUM_NEW, budget=200)
+    assert decode(runner, four, NUM_NEW, budget=11) == together
+    assert [decode(runner, [prompt], NUM_NEW, budget=50)[0] for prompt in four] == together
+
+    with torch.inference_mode():
+        reference = model(input_ids=torch.tensor([four[3]])).logits[0].float().log_softmax(-1)
+    chosen = reference[:-1].gather(1, torch.tensor(four[3][1:])[:, None])[:, 0]
+    found = prompt_logprobs(runner, four[3])
+    # Random weights leave no room for rounding, so this asks for likeness; SmolLM2's likelihood is tested apart.
+    assert float(torch.corrcoef(torch.stack([chosen, found]))[0, 1]) > 0.9
+
+
 def prompt_logprobs(runner: Any, prompt: list[int]) -> Any:
     """Logprobs of prompt tokens 1.., computed in chunks of ten tokens."""
     found: list[float] = []

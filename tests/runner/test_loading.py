@@ -114,12 +114,18 @@ def test_missing_and_broken_config_are_refused(folder: Path, tmp_path: Path) -> 
         load_config(str(folder))
 
 
-def test_unknown_architecture_and_foreign_code_are_refused(folder: Path) -> None:
+def test_unknown_architecture_is_refused(folder: Path) -> None:
     change_config(folder, model_type="not_yet_invented")
     with pytest.raises(UnsupportedModelError, match="not_yet_invented"):
         load_config(str(folder))
-    change_config(folder, model_type="llama", auto_map={"AutoModelForCausalLM": "evil.Model"})
-    with pytest.raises(UnsupportedModelError, match="never runs code"):
+
+
+def test_code_that_comes_with_weights_never_runs(folder: Path) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('this must not run')")
+    change_config(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    assert type(load(folder)).__name__ == "LlamaForCausalLM", "transformers' own class serves a type it knows"
+    change_config(folder, model_type="not_yet_invented")
+    with pytest.raises(UnsupportedModelError, match="mxn never runs code that comes with weights"):
         load_config(str(folder))
 
 

@@ -55,11 +55,6 @@ def test_config_is_refused_with_the_reason(family: str, reason: str) -> None:
     assert reason in (refusal(default_config(family).to_dict()) or "")
 
 
-def test_code_that_comes_with_weights_is_refused() -> None:
-    found = refusal({"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "modeling.Evil"}})
-    assert "never runs code" in (found or "")
-
-
 def test_usual_architectures_are_not_refused() -> None:
     assert refusal_by_architecture("llama") is None
     assert refusal({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}) is None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from mxn.errors import ModelError, UnsupportedModelError
@@ -33,6 +34,11 @@ def load_config(folder: str) -> PreTrainedConfig:
     Raises: ModelError for a damaged file; UnsupportedModelError with the reason for what mxn refuses.
     """
     raw = _read_json(Path(folder) / "config.json")
+    if raw.get("auto_map") and raw.get("model_type") not in CONFIG_MAPPING:
+        raise UnsupportedModelError(
+            f"{_model_type(raw)} asks for model code of its own (auto_map) and transformers {transformers.__version__} "
+            "has none for it; mxn never runs code that comes with weights"
+        )
     reason = refusal(raw)
     if reason:
         raise UnsupportedModelError(f"{_model_type(raw)} cannot be served: {reason}")

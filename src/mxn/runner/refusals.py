@@ -35,8 +35,6 @@ def refusal_by_architecture(architecture: str) -> str | None:
 def refusal(config: Mapping[str, Any]) -> str | None:
     """Why a model with this config.json cannot be served on a flat batch, or None. The self-test has the last word."""
     text = text_config(config)
-    if config.get("auto_map") or text.get("auto_map"):
-        return "its config asks for model code of its own (auto_map), and mxn never runs code that comes with weights"
     if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
         return _ENCODER
     layer_types = set(text.get("layer_types") or ()) - WINDOW_LAYER_TYPES - FULL_LAYER_TYPES
