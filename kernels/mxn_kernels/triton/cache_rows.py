@@ -24,8 +24,19 @@ def row_scale(largest_magnitude, scale_ptr, scale_offsets, mask, SCALE_MODE: tl.
 
 
 @triton.jit
-def store_rows(rows, factor, ptrs, mask, FP8_LARGEST: tl.constexpr):
+def store_rows(rows, factor, ptrs, mask, FP8_LARGEST: tl.constexpr, INTERPRET: tl.constexpr):
     """Rows [R, D] times factor [R], clamped for fp8, stored in the dtype of the pointers."""
     if FP8_LARGEST > 0:
         rows = tl.clamp(rows.to(tl.float32) * factor[:, None], -FP8_LARGEST, FP8_LARGEST)
+        if INTERPRET:
+            rows = round_to_e4m3(rows, FP8_LARGEST)
     tl.store(ptrs, rows.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def round_to_e4m3(x, FP8_LARGEST: tl.constexpr):
+    """Nearest number of the format, of equals the even one, as fp32: the interpreter's own cast loses carries into the exponent."""
+    smallest_exponent: tl.constexpr = 127 - 6 if FP8_LARGEST > 240 else 127 - 7
+    exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, smallest_exponent)
+    step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)
+    return ((x / step + 12582912.0) - 12582912.0) * step  # 1.5 * 2^23: fp32 has no digits behind the point there

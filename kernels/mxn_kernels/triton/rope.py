@@ -165,7 +165,7 @@ def _rope_kernel(
         largest = tl.max(tl.where(in_row, tl.abs(rotated), 0.0), 1)
         factor = row_scale(largest, key_scale_ptr, scale_offsets, mask, SCALE_MODE, FP8_LARGEST)
         ptrs = keys_ptr + (blocks * stride_kb + kv_heads * stride_kh + offsets * stride_kt)[:, None] + dims
-        store_rows(rotated, factor, ptrs, mask[:, None] & in_row, FP8_LARGEST)
+        store_rows(rotated, factor, ptrs, mask[:, None] & in_row, FP8_LARGEST, INTERPRET)
 
         value_dims = tl.arange(0, BLOCK_DV)[None, :]
         value_mask = mask[:, None] & (value_dims < DV)
@@ -173,7 +173,7 @@ def _rope_kernel(
         value = tl.load(value_rows + value_dims, mask=value_mask, other=0.0).to(tl.float32)
         factor = row_scale(tl.max(tl.abs(value), 1), value_scale_ptr, scale_offsets, mask, SCALE_MODE, FP8_LARGEST)
         ptrs = values_ptr + (blocks * stride_vb + kv_heads * stride_vh + offsets * stride_vt)[:, None] + value_dims
-        store_rows(value, factor, ptrs, value_mask, FP8_LARGEST)
+        store_rows(value, factor, ptrs, value_mask, FP8_LARGEST, INTERPRET)
     else:
         key_out = out_key_ptr + ((tokens * NUM_KV_HEADS + kv_heads) * DK)[:, None]
         tl.store(key_out + dims, rotated.to(out_key_ptr.dtype.element_ty), mask=is_key[:, None] & in_row)

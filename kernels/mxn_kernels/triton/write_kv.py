@@ -93,7 +93,7 @@ def _write_kv_kernel(
         tl.max(tl.abs(new.to(tl.float32)), 1), key_scale_ptr, scale_offsets, mask, SCALE_MODE, FP8_LARGEST
     )
     ptrs = keys_ptr + (blocks * stride_kb + heads * stride_kh + offsets * stride_kt)[:, None] + dims[None, :]
-    store_rows(new, factor, ptrs, tile_mask, FP8_LARGEST)
+    store_rows(new, factor, ptrs, tile_mask, FP8_LARGEST, INTERPRET)
 
     dims = tl.arange(0, BLOCK_DV)
     tile_mask = mask[:, None] & (dims[None, :] < DV)
@@ -106,4 +106,4 @@ def _write_kv_kernel(
         tl.max(tl.abs(new.to(tl.float32)), 1), value_scale_ptr, scale_offsets, mask, SCALE_MODE, FP8_LARGEST
     )
     ptrs = values_ptr + (blocks * stride_vb + heads * stride_vh + offsets * stride_vt)[:, None] + dims[None, :]
-    store_rows(new, factor, ptrs, tile_mask, FP8_LARGEST)
+    store_rows(new, factor, ptrs, tile_mask, FP8_LARGEST, INTERPRET)
