@@ -2,9 +2,14 @@
 
 import json
 import signal
+import socket
+import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -88,6 +93,26 @@ def test_bench_in_process_needs_no_http(mxn: Mxn, model_folder: str) -> None:
     ran = mxn("bench", "-m", model_folder, "--backend", "fake", "--in-process", "--workloads", "quick1", "-r", "1")
     assert ran.code == 0, ran.err
     assert "Interface: in process." in ran.out
+
+
+def test_own_server_ends_with_the_command_that_started_it(environment: dict[str, str], model_folder: str) -> None:
+    code = (
+        "import os\n"
+        "from mxn.cli.own_server import own_server\n"
+        f"with own_server({model_folder!r}, ['--backend', 'fake'], is_quiet=True) as server:\n"
+        "    print(server.url, flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    address = urlsplit(done.stdout.strip())
+    deadline_s = time.monotonic() + 20
+    while time.monotonic() < deadline_s:
+        try:
+            socket.create_connection((address.hostname, address.port), timeout=1).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the server outlives its parent")
 
 
 def test_sigterm_ends_with_exit_code_0(serve: Callable[..., Serving]) -> None:

@@ -54,13 +54,19 @@ def own_server(model: str, options: Sequence[str] = (), *, is_quiet: bool = Fals
     Its progress and errors go to this process's stderr, unless is_quiet: then the error below quotes its last words.
     Raises: BackendError when it ends before it is ready.
     """
-    command = [sys.executable, "-m", "mxn.cli.main", "serve", model, "--port", "0", "--json", *options]
+    command = [sys.executable, "-m", "mxn.cli.main", "serve", model, "--port", "0", "--json", "--until-stdin-closes"]
     # A group of its own: Ctrl-C reaches us only, and we end it in order.
     environment = child_environment({"MXN_LOG_LEVEL": "warning"})
     with tempfile.TemporaryFile("w+") as words:
         stderr = words if is_quiet else None
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True, env=environment
+            [*command, *options],
+            stdin=subprocess.PIPE,  # closes with this process however it ends, and then the server ends too
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            start_new_session=True,
+            env=environment,
         )
         try:
             line = process.stdout.readline() if process.stdout else ""
@@ -88,5 +94,6 @@ def _stop(process: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
     process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()

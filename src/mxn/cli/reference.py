@@ -27,7 +27,7 @@ def _section(path: str, command: object, *, level: int) -> list[str]:
     lines += [(getattr(command, "help", None) or "").strip(), ""] if level > 1 else []
     rows = []
     for parameter in getattr(command, "params", []):
-        if parameter.name in ("help", "install_completion", "show_completion"):
+        if parameter.name == "help" or getattr(parameter, "hidden", False):
             continue
         is_option = parameter.param_type_name == "option"
         name = (

@@ -57,6 +57,7 @@ def serve(
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON when ready, instead of text.")
     ] = False,
+    until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
 ) -> None:
     """Serve a model, or all of an mxn.yaml.
 
@@ -85,7 +86,22 @@ def serve(
         raise ConfigError(f"{', '.join(given)} cannot be combined with {model}: write it into the file instead")
     settings = _settings(file, api_key or [])
     where = (host or file.server.host, file.server.port if port is None else port)
+    if until_stdin_closes:
+        _stop_when_stdin_closes()
     raise typer.Exit(_run(file, settings, where, json_output=json_output))
+
+
+def _stop_when_stdin_closes() -> None:
+    """Ends this process as SIGTERM does once nobody can write to its stdin any more: its parent is gone."""
+    import os
+    import threading
+
+    def watch() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="stdin", daemon=True).start()
 
 
 def _run(file: DeploymentsFile, settings: ServerSettings, where: tuple[str, int], *, json_output: bool) -> int:
