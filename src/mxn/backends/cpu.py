@@ -185,12 +185,12 @@ def _estimate_kv(model: ModelSpec, settings: LoadSettings, chip: Chip, quantisat
         return Quantity(value=settings.kv_bytes, unit="B", provenance=Provenance.ESTIMATED, source=source)
     per_token = model.kv_bytes_per_token(4.0 if quantisation == "fp32" else 2.0)
     context = min(settings.context_length or model.max_context, model.max_context)
-    wanted = settings.max_num_seqs * context * per_token
+    wanted = settings.auto_kv_tokens(context) * per_token
     return Quantity(
         value=min(wanted, _AUTO_KV_SHARE * chip.memory_bytes),
         unit="B",
         provenance=Provenance.ESTIMATED,
-        source=f"auto: {settings.max_num_seqs} contexts of {context} tokens, at most half of the free memory",
+        source=f"auto: {settings.auto_kv_tokens(context)} tokens, at most half of the free memory",
     )
 
 

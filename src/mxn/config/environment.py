@@ -82,9 +82,11 @@ def log_level() -> str:
     return level
 
 
-def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment for a process that mxn starts, with `extra` on top."""
-    return {**os.environ, **(extra or {})}
+def child_environment(
+    extra: Mapping[str, str] | None = None, *, defaults: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment for a process that mxn starts: `defaults`, above them this process's own, on top `extra`."""
+    return {**(defaults or {}), **os.environ, **(extra or {})}
 
 
 def _folder(own: str, xdg: str, below_home: str) -> Path:

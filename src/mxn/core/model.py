@@ -78,3 +78,10 @@ class LoadSettings:
         for name, low in (("block_size", 1), ("max_num_seqs", 1), ("max_step_tokens", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+
+    def auto_kv_tokens(self, max_context: int) -> int:
+        """Tokens an "auto" KV cache is made for: every sequence at 1,024 tokens, or two at full length if that is more.
+
+        More would help only if all sequences were long at once; then some wait, and none fails.
+        """
+        return max(self.max_num_seqs * min(max_context, 1024), min(self.max_num_seqs, 2) * max_context)

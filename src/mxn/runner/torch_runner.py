@@ -203,7 +203,7 @@ def _make_cache(
     """The attention backend with its cache, its bytes, and notes on its size."""
     block_bytes = plan.block_bytes(layers, settings.block_size)
     blocks_each = -(-max_context // settings.block_size)
-    wanted = settings.max_num_seqs * blocks_each
+    wanted = -(-settings.auto_kv_tokens(max_context) // settings.block_size)
     budget = settings.kv_bytes if settings.kv_bytes is not None else min(plan.free_bytes(), wanted * block_bytes)
     num_blocks = budget // block_bytes
     source = "auto" if settings.kv_bytes is None else "set"
