@@ -78,7 +78,9 @@ def test_estimates_say_where_they_come_from() -> None:
     int8 = backend.estimate(SPEC, LoadSettings(), CHIP)
     assert int8.weights.value is not None
     assert 8.03e9 < int8.weights.value < 11e9
-    assert int8.kv_cache.value == 32 * 2**30, "64 contexts of 8192 tokens want more than half of the memory"
+    assert int8.kv_cache.value == 64 * 1024 * SPEC.kv_bytes_per_token(2), "1,024 tokens for each of 64 sequences"
+    greedy = backend.estimate(SPEC, LoadSettings(max_num_seqs=1024), CHIP)
+    assert greedy.kv_cache.value == 32 * 2**30, "never more than half of the memory"
     unknown = backend.estimate(replace(SPEC, num_parameters=None), LoadSettings(), CHIP)
     assert unknown.weights.provenance is Provenance.UNAVAILABLE
 
