@@ -11,7 +11,6 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mxn.backends.cpu import usable_cores  # noqa: E402
 from mxn.core.batch import SequenceStep, StepBatch  # noqa: E402
 from mxn.core.model import LoadSettings, Model  # noqa: E402
 from mxn.core.request import SamplingParams  # noqa: E402
@@ -19,7 +18,7 @@ from mxn.runner.cpu import load_cpu_runner  # noqa: E402
 
 pytestmark = [pytest.mark.torch, pytest.mark.model]
 
-NUM_NEW = 12
+NUM_NEW = 10
 QUESTIONS = (
     "What is the capital of France?",
     "Once upon a time, in a village by the sea, there lived",
@@ -27,11 +26,6 @@ QUESTIONS = (
     "x",
 )
 TEXT_MODULES = "decimal argparse random heapq difflib string textwrap zipfile doctest pickle statistics optparse"
-
-
-@pytest.fixture(autouse=True)
-def all_cores() -> None:
-    torch.set_num_threads(usable_cores())
 
 
 def encode(folder: str, text: str) -> list[int]:
@@ -42,9 +36,7 @@ def encode(folder: str, text: str) -> list[int]:
 
 def load(model: Model, quantisation: Any) -> Any:
     settings = LoadSettings(quantisation=quantisation, kv_bytes=256 * 2**20, max_step_tokens=512)
-    return load_cpu_runner(
-        model, settings, cores=torch.get_num_threads(), free_bytes=lambda: 2**34, progress=lambda phase, fraction: None
-    )
+    return load_cpu_runner(model, settings, cores=1, free_bytes=lambda: 2**34, progress=lambda phase, fraction: None)
 
 
 def generate(folder: str, prompts: list[list[int]]) -> list[list[int]]:
