@@ -79,6 +79,13 @@ async def test_arms_take_turns_and_share_prompts(prompts: PromptMaker) -> None:
     assert len({prompt for _, prompt in runs}) == 4
 
 
+async def test_no_repetition_begins_that_would_overrun_the_budget(prompts: PromptMaker) -> None:
+    log: list[tuple[str, str]] = []
+    (record,) = await measure([ScriptedArm("a", log)], parse_workloads("quick1"), prompts, repetitions=5, budget_s=0.0)
+    assert len(record.values) == 1
+    assert len(log) == 2
+
+
 async def test_wrong_token_count_is_a_fault_and_shown(prompts: PromptMaker) -> None:
     (record,) = await measure([ScriptedArm("a", [], short_by=1)], parse_workloads("quick1"), prompts, repetitions=2)
     assert record.faults == ("1 of 1 requests: 63 output tokens, expected 64",)

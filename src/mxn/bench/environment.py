@@ -33,8 +33,16 @@ def manifest(*, seed: int) -> Manifest:
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         platform=platform.platform(),
         versions={"python": platform.python_version(), **package_versions()},
+        load_average=round(os.getloadavg()[0], 2),
         seed=seed,
     )
+
+
+def busy_warning(load_average: float, num_cores: int) -> str | None:
+    """What to tell a user who is about to measure on a machine that is not idle; None when it is."""
+    if load_average < 0.5 * num_cores:
+        return None
+    return f"load average {load_average:g} on {num_cores} cores before the run: other work makes figures low and noisy"
 
 
 def package_versions() -> dict[str, str]:

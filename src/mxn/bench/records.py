@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """Where and with what a run was made."""
+    """Where and with what a run was made. `load_average`: processes that wanted a core in the minute before it."""
 
     started: str
     command: str
@@ -28,6 +28,7 @@ class Manifest:
     memory_gib: float
     platform: str
     versions: dict[str, str]
+    load_average: float
     seed: int
 
 

@@ -185,7 +185,8 @@ def manifest_markdown(manifest: Manifest) -> str:
         f"- started: {manifest.started}\n"
         f"- chip: {manifest.chip}, {manifest.num_cores} cores, {manifest.memory_gib} GiB, "
         f"{' '.join(manifest.chip_features)}\n"
-        f"- platform: {manifest.platform}\n- versions: {versions}\n- commit: {manifest.commit}\n"
+        f"- load average before the run: {manifest.load_average}\n- platform: {manifest.platform}\n"
+        f"- versions: {versions}\n- commit: {manifest.commit}\n"
         f"- command: `{manifest.command}`\n- seed: {manifest.seed}\n"
     )
 

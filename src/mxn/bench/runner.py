@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,11 +50,14 @@ async def measure(
     prompts: PromptMaker,
     *,
     repetitions: int,
+    budget_s: float = math.inf,
     progress: Progress = lambda what, done, total: None,
 ) -> list[Record]:
     """Every workload on every arm, `repetitions` times, arms in rotating order within each repetition.
 
     All arms get the same prompts in a repetition, and each repetition gets new ones.
+    budget_s: no repetition begins that would, at the pace so far, end later than this; one always runs.
+    Raises: BenchError when an arm answers nothing.
     """
     collected = {(arm.subject.label, w.name): _Collected() for arm in arms for w in workloads}
     total = len(collected) * repetitions
@@ -64,7 +68,10 @@ async def measure(
         results = await arm.run(texts, _WARM_UP.output_tokens, _WARM_UP.concurrency)
         if all(r.error for r in results):
             raise BenchError(f"{arm.subject.label} cannot be measured: {results[0].error}")
+    started_s = time.monotonic()
     for repetition in range(repetitions):
+        if repetition and (time.monotonic() - started_s) * (repetition + 1) / repetition > budget_s:
+            break
         for workload in workloads:
             texts = prompts.make(workload)
             turn = repetition % len(arms)

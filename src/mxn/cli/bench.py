@@ -58,14 +58,16 @@ def bench(
     """
     import asyncio
 
-    from mxn.bench.environment import manifest
+    from mxn.bench.environment import busy_warning, manifest
     from mxn.bench.records import Report, save
     from mxn.bench.report import comparison, details, matrix, report_markdown, to_rich
     from mxn.bench.workloads import PromptMaker, parse_workloads
-    from mxn.cli.console import EXIT_FAILURE, out
+    from mxn.cli.console import EXIT_FAILURE, err, out
     from mxn.cli.prepare import DEFAULT_MODEL
 
-    chosen = parse_workloads(workloads)
+    chosen, made = parse_workloads(workloads), manifest(seed=seed)
+    if warning := busy_warning(made.load_average, made.num_cores):
+        err().print(f"[yellow]note:[/] {warning}")
     with ExitStack() as stack:
         arms: list[Arm] = []
         folder = str(tokenizer) if tokenizer else None
@@ -80,7 +82,7 @@ def bench(
         arms += [asyncio.run(_url_arm(text, model, api_key)) for text in url or ()]
         prompts = PromptMaker(folder or _local_folder(model or arms[0].subject.model), seed=seed)
         records = run(arms, chosen, prompts, repetitions=repetitions)
-    report = Report(manifest=manifest(seed=seed), records=tuple(records))
+    report = Report(manifest=made, records=tuple(records))
     console = out()
     for grid in (matrix(records), comparison(records), details(records)):
         console.print(to_rich(grid))
@@ -94,9 +96,9 @@ def bench(
 
 
 def run(
-    arms: list[Arm], workloads: list[Workload], prompts: PromptMaker, *, repetitions: int, title: str = "measure"
+    arms: list[Arm], workloads: list[Workload], prompts: PromptMaker, *, repetitions: int, budget_s: float = 1e9
 ) -> list[Record]:
-    """Measures with progress on the terminal, and closes the arms."""
+    """Measures with progress on the terminal, and closes the arms. `budget_s`: see `measure`."""
     import asyncio
 
     from mxn.bench.runner import measure
@@ -104,7 +106,7 @@ def run(
 
     async def measure_and_close() -> list[Record]:
         try:
-            return await measure(arms, workloads, prompts, repetitions=repetitions, progress=show)
+            return await measure(arms, workloads, prompts, repetitions=repetitions, budget_s=budget_s, progress=show)
         finally:
             for arm in arms:
                 arm.close()
@@ -112,7 +114,7 @@ def run(
     with Phases() as phases:
 
         def show(what: str, done: int, total: int) -> None:
-            phases(title, done / total, what)
+            phases("measure", done / total, what)
 
         return asyncio.run(measure_and_close())
 

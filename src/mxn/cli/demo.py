@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+BUDGET_S = 30.0
+"""Seconds for measuring after which no further repetition begins."""
+
 QUESTION = "What is the capital of France, and what is it known for? Answer in two sentences."
 
 
@@ -16,7 +19,9 @@ def demo(
     model: Annotated[str | None, typer.Option("--model", "-m", help="Model to show.")] = None,
     question: Annotated[str, typer.Option(help="What to ask it.")] = QUESTION,
     quantisation: Annotated[str, typer.Option(help="Rows of the matrix, separated by commas.")] = "auto,fp32",
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Times each workload runs.", min=1)] = 2,
+    repetitions: Annotated[
+        int, typer.Option("--repetitions", "-r", help="Times each workload runs; fewer on a slow machine.", min=1)
+    ] = 3,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all records to this file.")] = None,
 ) -> None:
     """Serve a small model, let it answer, measure it."""
@@ -56,7 +61,8 @@ def demo(
                     ):
                         console.print(piece, end="", markup=False, soft_wrap=True)
                 console.print(f"\n[dim]{turn.stats_text()}[/]\n")
-        records = run(arms, parse_workloads("quick"), PromptMaker(folder, seed=0), repetitions=repetitions)
+        prompts = PromptMaker(folder, seed=0)
+        records = run(arms, parse_workloads("quick"), prompts, repetitions=repetitions, budget_s=BUDGET_S)
         console.print(to_rich(matrix(records)))
     if json_path:
         save(Report(manifest=manifest(seed=0), records=tuple(records)), json_path)
