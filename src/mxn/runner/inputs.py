@@ -31,7 +31,7 @@ class StepInputs:
 
 
 def build_inputs(batch: StepBatch, block_size: int, device: torch.device) -> StepInputs:
-    """The tensors of a step. Costs 20 to 100 us for 1 to 64 sequences that decode one token each."""
+    """The tensors of a step. Costs 30 us for 1 and 120 us for 64 sequences of 1,024 tokens that decode."""
     sequences = batch.sequences
     num_seqs = len(sequences)
     lengths = np.fromiter((len(s.token_ids) for s in sequences), np.int32, num_seqs)
