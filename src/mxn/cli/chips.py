@@ -13,7 +13,7 @@ def chips(json_output: Annotated[bool, typer.Option("--json", help="Print JSON."
     Says why a backend is absent, and how power is measured or why it is not.
     """
     from mxn.backends.registry import load_backend, probe_all
-    from mxn.cli.console import out, show_json, size_text
+    from mxn.cli.console import out, print_pairs, show_json, size_text
 
     probes = probe_all()
     found = []
@@ -39,14 +39,14 @@ def chips(json_output: Annotated[bool, typer.Option("--json", help="Print JSON."
         if name == "fake":
             continue
         console.print(f"[bold]{chip.uid}[/] {chip.name}{f' ({chip.kind})' if chip.kind else ''}")
-        for what, text in (
+        facts = [
             ("backend", name),
             ("cores", str(chip.cores)),
             ("memory", size_text(chip.memory_bytes)),
             ("features", " ".join(chip.features) or "none"),
             ("power", f"{power['source']} ({power['kind']}): {power['detail']}"),
-        ):
-            console.print(f"  {what:<9} {text}", markup=False, soft_wrap=True)
+        ]
+        print_pairs(console, facts)
     console.print("\n[bold]Backends[/]")
     colours = {"active": "green", "absent": "dim", "broken": "red"}
     for name, probe in probes.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,28 @@ def show_error(error: errors.MxnError) -> None:
         console.print(hint, markup=False, soft_wrap=True)
     else:
         print(f"error: {text}\nwhat to do: {hint}", file=sys.stderr)
+
+
+def print_pairs(console: Console, pairs: Sequence[tuple[str, str]], *, mark: str = " ", width: int = 12) -> None:
+    """Prints labels and texts in two columns after a mark (rich markup).
+
+    Long texts wrap inside their column on a terminal and stay whole elsewhere.
+    """
+    if not console.is_terminal:
+        for label, text in pairs:
+            console.print(mark, end=" ")
+            console.print(f"{label:<{width}} {text}", markup=False, soft_wrap=True)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column()
+    grid.add_column(width=width)
+    grid.add_column(overflow="fold")
+    for label, text in pairs:
+        grid.add_row(Text.from_markup(mark), Text(label, style="dim"), Text(text))
+    console.print(grid)
 
 
 def show_json(value: Any) -> None:

@@ -37,7 +37,7 @@ def doctor(
     Versions, backends, compiler, kernels, power, memory, disk, models, network, port, and whether the default model
     gives a right answer if it is on this disk. Exits 1 when something fails.
     """
-    from mxn.cli.console import EXIT_FAILURE, out, show_json
+    from mxn.cli.console import EXIT_FAILURE, out, print_pairs, show_json
 
     checks: list[Callable[[], Iterator[Finding]]] = [
         *(_python, _packages, _backends, _compiler, _kernels, _power, _memory, _disk, _models, _network),
@@ -51,10 +51,10 @@ def doctor(
         for finding in _guarded(check):
             findings.append(finding)
             if not json_output:
-                console.print(f"[{colours[finding.state]}]{finding.state:<4}[/] [bold]{finding.what}:[/]", end=" ")
-                console.print(finding.detail, markup=False, soft_wrap=True)
+                mark = f"[{colours[finding.state]}]{finding.state:<4}[/]"
+                print_pairs(console, [(finding.what, finding.detail)], mark=mark, width=15)
                 if finding.todo:
-                    console.print(f"     -> {finding.todo}", markup=False, soft_wrap=True)
+                    print_pairs(console, [("", f"-> {finding.todo}")], mark="    ", width=15)
     if json_output:
         show_json(findings)
     if any(finding.state == "fail" for finding in findings):

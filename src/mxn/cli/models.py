@@ -84,11 +84,12 @@ def pull(
 ) -> None:
     """Fetch a model, check it and convert it if need be."""
     from mxn.cli.console import out
+    from mxn.cli.prepare import files_progress
     from mxn.cli.progress import Phases
     from mxn.store.fetch import fetch
 
     with Phases() as phases:
-        model = fetch(name, progress=phases, verify=verify)
+        model = fetch(name, progress=files_progress(phases), verify=verify)
     console = out()
     console.print(f"{model.name} is in {model.folder}", markup=False, soft_wrap=True)
     if model.licence:

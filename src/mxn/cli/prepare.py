@@ -40,7 +40,7 @@ def prepare(config: DeploymentConfig, progress: Callable[[str, float, str], None
     """
     from mxn.store.fetch import fetch
 
-    model = fetch(config.model, progress=progress)
+    model = fetch(config.model, progress=files_progress(progress))
     backend, chip, why = choose(config.backend, model.spec)
     name = config.name or model.name
     spec = DeploymentSpec(
@@ -53,6 +53,11 @@ def prepare(config: DeploymentConfig, progress: Callable[[str, float, str], None
         stall_s=config.stall_s,
     )
     return Prepared(spec=spec, backend=backend, chip=chip, power=backend.power(chip), why=why)
+
+
+def files_progress(progress: Callable[[str, float, str], None]) -> Callable[[str, float, str], None]:
+    """The store's progress for people: its "ready" means only that the files are."""
+    return lambda phase, fraction, detail: progress("files" if phase == "ready" else phase, fraction, detail)
 
 
 def deployment_config(**flags: object) -> DeploymentConfig:

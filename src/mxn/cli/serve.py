@@ -185,7 +185,7 @@ def _announce(fleet: Fleet, prepared: list[Prepared], url: str, settings: Server
         deployments = [_facts(d.name, d.info, one) for d, one in ready if d.info is not None]
         print(json.dumps({"url": url, "deployments": deployments}), flush=True)
         return
-    from mxn.cli.console import out
+    from mxn.cli.console import out, print_pairs
 
     console = out()
     for deployment in fleet.deployments:
@@ -195,8 +195,7 @@ def _announce(fleet: Fleet, prepared: list[Prepared], url: str, settings: Server
         if deployment.info is None:
             continue
         console.print(f"\n{deployment.name} is served at {url}", style="bold", markup=False)
-        for what, text in _lines(deployment.info, one):
-            console.print(f"  {what:<13} {text}", markup=False, soft_wrap=True)
+        print_pairs(console, _lines(deployment.info, one))
     first = ready[0][0].name
     key = ' -H "Authorization: Bearer $MXN_API_KEY"' if settings.api_keys else ""
     body = json.dumps({"model": first, "messages": [{"role": "user", "content": "What is the capital of France?"}]})

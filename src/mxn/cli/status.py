@@ -13,7 +13,7 @@ def status(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a running mxn server serves and how. Exits 1 when nothing there is ready."""
-    from mxn.cli.console import EXIT_FAILURE, out, show_json
+    from mxn.cli.console import EXIT_FAILURE, out, print_pairs, show_json
     from mxn.cli.converse import get_json, http_client
 
     base = url.rstrip("/").removesuffix("/v1")
@@ -29,8 +29,7 @@ def status(
         console.print(f"mxn {gateway['version']} at {base}: {state}, {gateway['num_active_requests']} requests in work")
         for deployment in found["deployments"]:
             console.print(f"\n[bold]{deployment['model']}[/]: {_state(deployment)}")
-            for what, text in _lines(deployment):
-                console.print(f"  {what:<13} {text}", markup=False, soft_wrap=True)
+            print_pairs(console, _lines(deployment))
     if not is_ready:
         raise typer.Exit(EXIT_FAILURE)
 

@@ -14,5 +14,5 @@ def cpu_power_reader(chip: Chip) -> PowerReader:
     if not isinstance(measured, NullReader):
         return measured
     modelled = modelled_cpu_reader()
-    modelled.detail += f"; not measured because: {measured.detail}"
+    modelled.detail += f"; not measured: {measured.detail}"
     return modelled

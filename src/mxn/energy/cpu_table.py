@@ -72,6 +72,6 @@ def cpu_power(vendor: str, family: int, model: int) -> CpuPower:
         family=name,
         idle_w=IDLE_SHARE * tdp_w / threads,
         max_w=tdp_w / threads,
-        source=f"TDP {tdp_w:g} W / {threads} threads of {part} ({source}), idle share {IDLE_SHARE:g} assumed",
+        source=f"{tdp_w:g} W TDP / {threads} threads of {part} after {source}, idle share {IDLE_SHARE:g} assumed",
         relative_error=1.0,
     )

@@ -33,8 +33,8 @@ class ModelledCpuReader:
     ) -> None:
         self.relative_error: float | None = power.relative_error
         self.detail = (
-            f"{len(cores)} visible cores x {power.idle_w:.2f} to {power.max_w:.2f} W by utilisation, CPU package "
-            f"without memory; {power.family}: {power.source}; within a factor of {1 + power.relative_error:g}"
+            f"{len(cores)} cores x {power.idle_w:.2f} to {power.max_w:.2f} W by utilisation, memory not counted, "
+            f"within a factor of {1 + power.relative_error:g} ({power.family}: {power.source})"
         )
         self._power = power
         self._names = frozenset(f"cpu{core}" for core in cores)
