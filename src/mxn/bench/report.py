@@ -45,7 +45,7 @@ def matrix(records: Sequence[Record]) -> Grid:
         if batch:
             batch_title = f"{batch.workload.concurrency} streams"
         subject, watts = main.subject, main.mean_watts
-        sources[f"{watts.provenance}: {watts.source}"] = None
+        sources[_power_text(watts)] = None
         interfaces[subject.interface] = None
         rows.append(
             (
@@ -56,7 +56,7 @@ def matrix(records: Sequence[Record]) -> Grid:
                 figure(batch.headline) if batch else "-",
                 number_text(watts.value) if watts.value is not None else "-",
                 number_text(main.tokens_per_watt.value) if main.tokens_per_watt.value is not None else "-",
-                provenance_text(watts),
+                str(watts.provenance),
             )
         )
     return Grid(
@@ -64,9 +64,9 @@ def matrix(records: Sequence[Record]) -> Grid:
         columns=(
             "Model",
             "Backend",
-            "1 stream tokens/s",
+            "1 stream tok/s",
             "TTFT ms",
-            f"{batch_title} tokens/s",
+            f"{batch_title} tok/s",
             "Watts",
             "Tokens per watt",
             "Power",
@@ -75,7 +75,7 @@ def matrix(records: Sequence[Record]) -> Grid:
         notes=(
             f"Interface: {', '.join(interfaces)}. Tokens per watt = (output tokens/s) / W = output tokens per joule, "
             "idle power included.",
-            *(f"Power {text}." for text in sources),
+            *sources,
             *_fault_notes(records),
         ),
     )
@@ -116,7 +116,6 @@ def details(records: Sequence[Record]) -> Grid:
                 "-" if q.value is None else number_text(q.value)
                 for q in (r.mean_watts, r.tokens_per_watt, r.total_tokens_per_watt)
             ),
-            provenance_text(r.mean_watts),
             figure(r.metrics.get("client_cpu_share")),
         )
         for r in records
@@ -129,12 +128,11 @@ def details(records: Sequence[Record]) -> Grid:
             "TTFT ms",
             "TPOT ms",
             "ITL p99 ms",
-            "Output tokens/s",
-            "Cached tokens",
+            "Output tok/s",
+            "Cached tok",
             "Watts",
-            "Output tokens/J",
-            "Total tokens/J",
-            "Power",
+            "Output tok/J",
+            "Total tok/J",
             "Client cores",
         ),
         rows=tuple(rows),
@@ -153,11 +151,22 @@ def to_rich(grid: Grid) -> Table:
     from rich.text import Text
 
     caption = Text("\n".join(grid.notes)) if grid.notes else None
-    table = Table(title=grid.title, caption=caption, box=box.SIMPLE_HEAD, caption_justify="left", title_justify="left")
-    table.title_style, table.caption_style = "bold", "dim"
+    table = Table(
+        title=grid.title,
+        caption=caption,
+        title_style="bold",
+        caption_style="dim",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for column in grid.columns:
-        is_text = column in _TEXT_COLUMNS
-        table.add_column(column, justify="left" if is_text else "right", no_wrap=column in ("Model", "Arm", "Workload"))
+        if column in _TEXT_COLUMNS:
+            table.add_column(column, no_wrap=column != "Backend")
+        else:  # a word to a line: the column is then as narrow as its figures, and 80 characters hold the table
+            table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in grid.rows:
         table.add_row(*(Text(cell) for cell in row))
     return table
@@ -221,9 +230,11 @@ def number_text(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
-def provenance_text(quantity: Quantity) -> str:
-    """How the figure came to be and how far to trust it."""
-    error = quantity.relative_error
-    if quantity.provenance is Provenance.ESTIMATED and error:
-        return f"estimated, within x{1 + error:.2g}"
-    return f"{quantity.provenance}" + (f" ±{100 * error:.0f} %" if error else "")
+def _power_text(watts: Quantity) -> str:
+    """Where the watts come from and how far to trust them, as a sentence."""
+    error = watts.relative_error
+    if watts.provenance is Provenance.ESTIMATED and error:
+        trust = f", within a factor of {1 + error:.2g}"
+    else:
+        trust = f", ±{100 * error:.1g} %" if error else ""
+    return f"Power {watts.provenance}: {watts.source.rstrip('.')}{trust}."
