@@ -1,6 +1,7 @@
 """Compiles every kernel for chips that are not here: `python -m mxn_kernels.aot`.
 
-Needs Triton and no accelerator. It proves that kernels compile and fit a chip, not that they are right: for that the tests run
+Needs Triton and no accelerator. It proves that kernels compile and fit a chip, not that they are right: for that the
+tests run
 them, on the chip or under Triton's interpreter.
 """
 
@@ -44,7 +45,10 @@ _TYPES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compiled:
-    """What one kernel takes of a chip. Registers and spills are per thread, spills in bytes; None where the tools do not say."""
+    """What one kernel takes of a chip.
+
+    Registers and spills are per thread, spills in bytes; None where the tools do not say.
+    """
 
     target: str
     case: str
@@ -102,7 +106,7 @@ def compile_all(targets: Sequence[str], only: str = "") -> list[Compiled]:
 
 
 def source_of(launch: Launch) -> ASTSource:
-    """The kernel with its arguments' types, as Triton would specialise them: 1 becomes a constant, multiples of 16 are told."""
+    """The kernel with its arguments' types as Triton would specialise them: ones constant, multiples of 16 told."""
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]

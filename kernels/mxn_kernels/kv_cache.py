@@ -7,7 +7,8 @@ A block's bytes lie together, so that copying or offloading a block is one conti
     scales  float32 [2, num_kv_heads, block_size], keys' then values': only an fp8 cache scaled per token and head
 
 Where key_dim equals value_dim this is [num_blocks, 2, num_kv_heads, block_size, head_dim]. Ops take strides from the
-tensors, so a cache whose heads and tokens are swapped in memory works as well; only the last dimension must be contiguous.
+tensors, so a cache whose heads and tokens are swapped in memory works as well; only the last dimension must be
+contiguous.
 """
 
 from __future__ import annotations
@@ -130,7 +131,10 @@ class KVCache:
         scaling: Scaling = "none",
         device: torch.device | str = "cpu",
     ) -> KVCache:
-        """Memory is not cleared: ops read no slot that was not written. With scaling "tensor" both scales start at 1."""
+        """Memory is not cleared: ops read no slot that was not written.
+
+        With scaling "tensor" both scales start at 1.
+        """
         value_dim = key_dim if value_dim is None else value_dim
         if min(num_blocks, block_size, num_kv_heads, key_dim, value_dim) < 1:
             found = f"{num_blocks} blocks of {block_size}, {num_kv_heads} heads, dims {key_dim} and {value_dim}"
@@ -165,7 +169,7 @@ class KVCache:
     def gather(
         self, block_ids: torch.Tensor, length: int, dtype: torch.dtype = torch.float64
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (length, num_kv_heads, key_dim) and values of a sequence, scales applied: what the references attend over."""
+        """Keys (length, num_kv_heads, key_dim) and values of a sequence, scales applied, for the references."""
         index = block_ids[: -(-length // self.block_size)].long()
         found = []
         for stored, scale in ((self.keys, self.key_scale), (self.values, self.value_scale)):

@@ -1,4 +1,5 @@
-"""Chooses who computes an op on a chip: an explicit name wins, else the first registered for that chip; the choice is visible.
+"""Chooses who computes an op on a chip: an explicit name wins, else the first registered for that chip; the choice is
+visible.
 
 A package of its own adds implementations through the entry point group `mxn.kernels`: each entry is a function that is
 handed the registry. Nothing is imported before it is chosen, so a missing library costs only those who ask for it.
@@ -96,7 +97,8 @@ class Registry:
     def select(self, op: str, target: Target, name: str | None = None) -> Choice:
         """Args: name: an implementation's name, None for the first that fits the target.
 
-        Raises: KernelUnavailable if none fits or the chosen one cannot be imported; ValueError on an unknown op or name.
+        Raises: KernelUnavailable if none fits or the chosen one cannot be imported; ValueError on an unknown op or
+        name.
         """
         key = (op, target.name, name)
         if key not in self._choices:

@@ -1,13 +1,15 @@
 """Which sequences of a batch start with the same blocks, and whether reading those blocks once pays.
 
 Prefix caching gives sequences with equal beginnings equal block ids, so groups are found from the block tables alone.
-All of it is arithmetic on the host, done when the batch changes; the result is reused for every layer and step until then.
+All of it is arithmetic on the host, done when the batch changes; the result is reused for every layer and step until
+then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -175,5 +177,5 @@ def _common_lengths(table: torch.Tensor, rows: list[int], full_blocks: list[int]
     """For each two neighbours, how many blocks from the first on they share."""
     ordered = table[rows]
     same = (ordered[1:] == ordered[:-1]).to(torch.int32).cumprod(1).sum(1).tolist()
-    limits = [min(full_blocks[a], full_blocks[b]) for a, b in zip(rows, rows[1:], strict=False)]
+    limits = [min(full_blocks[a], full_blocks[b]) for a, b in pairwise(rows)]
     return [min(length, limit) for length, limit in zip(same, limits, strict=True)]

@@ -12,7 +12,8 @@ def decode_splits(
 ) -> int:
     """A power of two from 1 to 128.
 
-    One where the batch fills the chip twice by itself; else towards four programs per multiprocessor, two tiles at least
+    One where the batch fills the chip twice by itself; else towards four programs per multiprocessor, two tiles at
+    least
     for each. Source: TensorRT-LLM's Triton paged attention.
     """
     programs = num_seqs * num_kv_heads

@@ -1,4 +1,7 @@
-"""What a chip can do, as far as kernels care. Built from a device, from a name, or by hand for a chip that is not here."""
+"""What a chip can do, as far as kernels care.
+
+Built from a device, from a name, or by hand for a chip that is not here.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Target:
 
     @classmethod
     def of(cls, device: torch.device | str) -> Target:
-        """The chip behind a torch device; for the CPU, Triton's interpreter when it is on, else a CPU that runs no Triton."""
+        """The chip behind a torch device; for the CPU, Triton's interpreter if on, else one that runs no Triton."""
         device = torch.device(device)
         if device.type == "cuda":
             return _of_accelerator(torch.cuda.current_device() if device.index is None else device.index)
@@ -107,15 +110,21 @@ def _of_accelerator(index: int) -> Target:
     )
 
 
+def triton_is_interpreted() -> bool:
+    """Whether this process's Triton runs kernels on the CPU.
+
+    Decided by TRITON_INTERPRET when Triton is first imported.
+    """
+    try:
+        from triton import language
+    except ImportError:
+        return False
+    return type(language.sum).__name__ == "InterpretedFunction"
+
+
 @lru_cache
 def _cpu() -> Target:
-    try:
-        from triton import knobs
-
-        is_interpreted = bool(knobs.runtime.interpret)
-    except ImportError:
-        is_interpreted = False
-    return INTERPRETER if is_interpreted else _PLAIN_CPU
+    return INTERPRETER if triton_is_interpreted() else _PLAIN_CPU
 
 
 # Few multiprocessors, so that tests meet every number of splits with small inputs.

@@ -1,4 +1,5 @@
-"""The ops: for each, what it computes, the checks of its arguments, the choice of who computes it, and a plain torch reference.
+"""The ops: for each, what it computes, the checks of its arguments, the choice of who computes it, and a plain torch
+reference.
 
 Needs torch alone; an implementation's own libraries are imported when it is chosen (see `mxn_kernels.select`).
 """

@@ -15,7 +15,8 @@ def attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Args: query (Q, num_heads, K); keys (L, num_kv_heads, K) and values, in the dtype to compute in; visible (Q, L) bool.
+    """Args: query (Q, num_heads, K); keys (L, num_kv_heads, K) and values, in the dtype to compute in; visible (Q, L)
+    bool.
 
     Returns: attention (Q, num_heads, V) and natural log-sum-exp (Q, num_heads), sinks included. Zeros and -inf where a
     row sees nothing.

@@ -44,7 +44,10 @@ def copy_blocks_reference(caches: Sequence[KVCache], moves: Sequence[Move]) -> N
 
 
 def independent_moves(moves: Sequence[Move]) -> Iterator[list[Move]]:
-    """Runs of moves that may happen at once: none writes what another reads or writes. Moves onto themselves are left out."""
+    """Runs of moves that may happen at once: none writes what another reads or writes.
+
+    Moves onto themselves are left out.
+    """
     wave: list[Move] = []
     read: set[int] = set()
     written: set[int] = set()

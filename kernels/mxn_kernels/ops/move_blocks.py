@@ -23,7 +23,8 @@ def move_blocks(
 ) -> None:
     """Copies source[source_ids[i]] to destination[destination_ids[i]] for every i, in no particular order.
 
-    No destination may be another move's source or destination. Ids of None stand for 0, 1, 2...: gathering and scattering.
+    No destination may be another move's source or destination. Ids of None stand for 0, 1, 2...: gathering and
+    scattering.
     Args: source, destination (blocks, bytes) uint8, of equal bytes, a multiple of 16; ids (n) int32 on the chip.
     Raises: ValueError on arguments that do not fit; KernelUnavailable if nothing computes it on this chip.
     """

@@ -38,11 +38,13 @@ def paged_decode(
       window: tokens a query sees, itself included. softcap: scores become softcap * tanh(score / softcap).
       sinks (num_heads,): logits that take part in the softmax without a value.
       num_splits: programs per sequence and KV head. None chooses by the batch; a fixed number makes a sequence's result
-        independent of the batch, bit for bit. max_context: an upper bound of context_lens for that choice, None for what
+        independent of the batch, bit for bit. max_context: an upper bound of context_lens for that choice, None for
+        what
         the block table holds; it changes speed only.
       check_ids: reads the tables back and checks every block id, for debugging; waits for the chip.
       implementation: a registered name, None for the first that fits the chip (`mxn_kernels.select`).
-    Returns: (S, num_heads, value_dim) in the query's dtype, sums kept in fp32; with return_lse also (S, num_heads) fp32, the
+    Returns: (S, num_heads, value_dim) in the query's dtype, sums kept in fp32; with return_lse also (S, num_heads)
+    fp32, the
       natural logarithm of the softmax's denominator.
     Raises: ValueError on arguments that do not fit; KernelUnavailable if nothing computes it on this chip.
     """

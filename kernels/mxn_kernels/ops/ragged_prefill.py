@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from mxn_kernels.kv_cache import KVCache
@@ -32,11 +34,12 @@ def ragged_prefill(
 
     Args:
       query (T, num_heads, key_dim): the sequences' new tokens one after another.
-      query_starts (S + 1) int32: where each sequence's tokens begin; the last entry ends them, and rows from there on (padding)
-        are left as they are. A sequence's tokens are the last ones of its context.
+      query_starts (S + 1) int32: where each sequence's tokens begin; the last entry ends them, and rows from there on
+        (padding) are left as they are. A sequence's tokens are the last ones of its context.
       context_lens (S) int32: tokens in the cache, new ones included, so at least as many as new ones.
       The rest as in `paged_decode`.
-    Returns: (T, num_heads, value_dim) in the query's dtype; with return_lse also (T, num_heads) fp32. A token's result depends on
+    Returns: (T, num_heads, value_dim) in the query's dtype; with return_lse also (T, num_heads) fp32. A token's result
+    depends on
       its own sequence alone, and on where its chunk begins only by rounding.
     Raises: ValueError on arguments that do not fit; KernelUnavailable if nothing computes it on this chip.
     """
@@ -97,9 +100,7 @@ def ragged_prefill_reference(
 
 
 def _check_starts(starts: list[int], contexts: list[int], num_tokens: int) -> None:
-    ordered = (
-        starts[0] == 0 and all(a <= b for a, b in zip(starts, starts[1:], strict=False)) and starts[-1] <= num_tokens
-    )
+    ordered = starts[0] == 0 and all(a <= b for a, b in pairwise(starts)) and starts[-1] <= num_tokens
     need(
         ordered,
         f"query_starts must begin at 0, not fall, and end by the number of tokens ({num_tokens}), found {starts}",

@@ -30,7 +30,8 @@ def rope(
     Args:
       query (T, num_heads, key_dim), key (T, num_kv_heads, key_dim): any strides but a contiguous last dimension.
       cos, sin (T, rotary_dim // 2): of each pair. is_interleaved: pairs are neighbours (GPT-J), not halves (Llama).
-      value, cache, slot_mapping: all or none, as in `write_kv`. Given, rotated keys and values are written to the cache, and
+      value, cache, slot_mapping: all or none, as in `write_kv`. Given, rotated keys and values are written to the
+      cache, and
         rotated keys nowhere else: one pass over them is saved.
     Returns: rotated query, and rotated key where there is no cache; contiguous, in their dtype.
     Raises: ValueError on arguments that do not fit; KernelUnavailable if nothing computes it on this chip.

@@ -1,13 +1,16 @@
-"""Draws one token per row of logits, by that row's own rules and generator: the same draw whatever else is in the batch.
+"""Draws one token per row of logits, by that row's own rules and generator: the same draw whatever else is in the
+batch.
 
-A token's weight exp((logit - largest) / temperature) becomes an integer, its mass, in units of 2^-40: sums of masses are exact in any
+A token's weight exp((logit - largest) / temperature) becomes an integer, its mass, in units of 2^-40: sums of masses
+are exact in any
 order, so a draw does not depend on how a kernel divides the row. Tokens are ordered by mass, then by id.
 
     top-k   keeps the k first
     top-p   keeps tokens while those before hold less than p of what top-k left
     min-p   keeps masses of at least p of the largest
 
-The draw is the kept token at which the running mass passes u times the kept mass, u from a generator keyed by (seed, step): in
+The draw is the kept token at which the running mass passes u times the kept mass, u from a generator keyed by (seed,
+step): in
 the order above where top-k or top-p cut, else in order of id. That is the order and the generator of mxn's CPU sampler.
 """
 
@@ -38,7 +41,8 @@ def sample(
     target: Target | None = None,
 ) -> torch.Tensor:
     """Args:
-      logits (R, vocabulary), rows contiguous. temperatures (R) float32: 0 takes the largest logit, of equals the lowest id.
+      logits (R, vocabulary), rows contiguous. temperatures (R) float32: 0 takes the largest logit, of equals the
+      lowest id.
       top_k (R) int32: 0 for no limit. top_p, min_p (R) float32: 1 and 0 for no limit.
       seeds (R) int64: all 64 bits count. steps (R) int32: number of the draw, such as output tokens so far.
     Returns: token ids (R) int64; -1 where a logit is NaN or the largest is infinite, as nothing can be drawn then.

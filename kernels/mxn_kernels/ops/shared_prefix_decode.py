@@ -34,8 +34,10 @@ def shared_prefix_decode(
 
     Layers with a sliding window go to `paged_decode`: their queries see different parts of the prefix, or none.
     Args:
-      prefix: from `plan_shared_prefix`, which is None where sharing does not pay. Every member's context covers its prefix.
-      num_splits: fixed number of splits of prefix and tail each, None to choose by the batch. max_tail: an upper bound of the tokens
+      prefix: from `plan_shared_prefix`, which is None where sharing does not pay. Every member's context covers its
+      prefix.
+      num_splits: fixed number of splits of prefix and tail each, None to choose by the batch. max_tail: an upper bound
+      of the tokens
         after the prefix, for that choice.
       The rest, Returns and Raises as in `paged_decode`.
     """

@@ -1,6 +1,7 @@
 """A tier of KV blocks in host memory: blocks leave the chip and come back on a stream beside the computation.
 
-Blocks are gathered by a kernel into a staging buffer, so that a transfer is one large copy over the bus and not one per block.
+Blocks are gathered by a kernel into a staging buffer, so that a transfer is one large copy over the bus and not one
+per block.
 """
 
 from __future__ import annotations

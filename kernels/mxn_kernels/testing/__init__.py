@@ -1,1 +1,1 @@
-"""What tests, ahead-of-time compilation and benchmarks of the ops share, shipped so that a chip's vendor can run it too."""
+"""What tests, compilation ahead of time and benchmarks of the ops share; shipped, so that vendors can use it."""

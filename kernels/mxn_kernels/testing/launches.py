@@ -1,4 +1,4 @@
-"""Every kernel in the forms that models need, as launches on the meta device: nothing runs, the plan and the compiler see all of it."""
+"""Every kernel in the forms that models need, as launches on the meta device: planned and compiled, but never run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Case:
 
 def cases(target: Target) -> Iterator[Case]:
     """All forms that the target can run, head sizes and cache dtypes of common models among them."""
-    for dim in (64, 80, 128, 256):
+    for dim in (64, 80, 128, 256, 512):
         yield Case(f"paged_decode d{dim}", partial(_decode, dim=dim))
         yield Case(f"ragged_prefill d{dim}", partial(_prefill, dim=dim))
         yield Case(f"shared_prefix_decode d{dim}", partial(_shared, dim=dim))
@@ -38,8 +38,12 @@ def cases(target: Target) -> Iterator[Case]:
     yield Case("ragged_prefill k192 v128", partial(_prefill, dim=192, value_dim=128))
     yield Case("paged_decode d128 fp32", partial(_decode, dim=128, dtype=torch.float32))
     yield Case("ragged_prefill d128 fp32", partial(_prefill, dim=128, dtype=torch.float32))
-    yield Case("paged_decode d128 window softcap sinks", partial(_decode, dim=128, window=512, softcap=50.0, sinks=True))
-    yield Case("ragged_prefill d128 window softcap sinks", partial(_prefill, dim=128, window=512, softcap=50.0, sinks=True))
+    yield Case(
+        "paged_decode d128 window softcap sinks", partial(_decode, dim=128, window=512, softcap=50.0, sinks=True)
+    )
+    yield Case(
+        "ragged_prefill d128 window softcap sinks", partial(_prefill, dim=128, window=512, softcap=50.0, sinks=True)
+    )
     for dtype in target.fp8_dtypes:
         for scaling in ("tensor", "token_head"):
             fp8 = {"dim": 128, "cache_dtype": dtype, "scaling": scaling}
@@ -82,7 +86,9 @@ def _attention(query: torch.Tensor, window: int | None = None, softcap: float | 
 def _decode(target, *, dim, value_dim=None, dtype=torch.bfloat16, cache_dtype=None, scaling="none", **options):
     query = meta(16, 32, dim, dtype=dtype)
     cache = _cache(dim, value_dim, cache_dtype or dtype, scaling)
-    ops.paged_decode(query, cache, index(16, 512), index(16), **_attention(query, **options), return_lse=True, target=target)
+    ops.paged_decode(
+        query, cache, index(16, 512), index(16), **_attention(query, **options), return_lse=True, target=target
+    )
 
 
 def _prefill(target, *, dim, value_dim=None, dtype=torch.bfloat16, cache_dtype=None, scaling="none", **options):

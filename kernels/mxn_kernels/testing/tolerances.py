@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# Relative to the largest magnitude of a row. fp32 sums of a few hundred terms: some 1e-7 each step. fp16 and bf16 results
+# Relative to the largest magnitude of a row. fp32 sums of a few hundred terms: some 1e-7 each step. fp16 and bf16
+# results
 # are rounded once at the end (2^-11, 2^-8) and their softmax weights once before the product with the values; the
 # interpreter truncates to bf16 instead of rounding, which doubles that.
 ATTENTION = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -15,7 +16,7 @@ LSE = {torch.float32: 3e-6, torch.float16: 1e-5, torch.bfloat16: 1e-5}
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Largest difference, relative to the largest magnitude wanted (1 at least); infinite where one is NaN or infinite alone."""
+    """Largest difference relative to the largest magnitude wanted (1 at least); infinite if one is NaN."""
     found, wanted = found.double().cpu(), wanted.double().cpu()
     if found.shape != wanted.shape or not torch.equal(found.isinf(), wanted.isinf()) or found.isnan().any():
         return float("inf")

@@ -45,9 +45,11 @@ def padded_dim(dim: int) -> int:
 
 @triton.jit
 def find_block(starts_ptr, num_ranges, block, BLOCK_Q: tl.constexpr):
-    """Range, its first row, its number of rows, and where in it block number `block` begins (past its end for spare blocks).
+    """Range, its first row, its number of rows, and where in it block number `block` begins (past its end for spare
+    blocks).
 
-    Range r owns blocks starts[r] // BLOCK_Q + r onwards, enough for its rows, so the last that begins at or before is searched.
+    Range r owns blocks starts[r] // BLOCK_Q + r onwards, enough for its rows, so the last that begins at or before is
+    searched.
     """
     low = tl.minimum(block, 0)  # 0 as a tensor
     high = num_ranges

@@ -35,7 +35,7 @@ def store_rows(rows, factor, ptrs, mask, FP8_LARGEST: tl.constexpr, INTERPRET: t
 
 @triton.jit
 def round_to_e4m3(x, FP8_LARGEST: tl.constexpr):
-    """Nearest number of the format, of equals the even one, as fp32: the interpreter's own cast loses carries into the exponent."""
+    """Nearest number of the format, of equals the even one, as fp32: the interpreter's own cast loses carries."""
     smallest_exponent: tl.constexpr = 127 - 6 if FP8_LARGEST > 240 else 127 - 7
     exponent = tl.maximum((x.to(tl.int32, bitcast=True) >> 23) & 255, smallest_exponent)
     step = ((exponent - 3) << 23).to(tl.float32, bitcast=True)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from triton import knobs
 
-# Decides how kernels are decorated, so it holds for the life of the process.
-INTERPRET = bool(knobs.runtime.interpret)
+from mxn_kernels.target import triton_is_interpreted
+
+# Kernels are made for one or the other when they are imported, so it holds for the life of the process.
+INTERPRET = triton_is_interpreted()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Adds up attention over parts of the same tokens, by the parts' log-sum-exps, in fp32 and in the order of the parts."""
+"""Adds up attention over parts of the same tokens, by their log-sum-exps, in fp32 and in the order of the parts."""
 
 import torch
 import triton
@@ -10,7 +10,8 @@ CHUNK = 16  # parts read at a time
 
 
 def merge(partial_out: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Args: partial_out (P, S, heads, V) fp32, partial_lse (P, S, heads) fp32: -inf where a part saw nothing, and then its
+    """Args: partial_out (P, S, heads, V) fp32, partial_lse (P, S, heads) fp32: -inf where a part saw nothing, and then
+    its
     values are not read. Fills out (S, heads, V) and lse (S, heads).
     """
     num_parts, num_seqs, num_heads, value_dim = partial_out.shape

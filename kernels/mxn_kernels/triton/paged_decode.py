@@ -176,7 +176,8 @@ def _paged_decode_kernel(
     if HAS_LSE:
         lse_ptr += split.to(tl.int64) * stride_lp + seq * stride_ln
 
-    # This split's tokens: an equal share of what the sequence sees, in whole tiles. Tiles start where the range does, so
+    # This split's tokens: an equal share of what the sequence sees, in whole tiles. Tiles start where the range does,
+    # so
     # only the last one is uneven and only it is masked.
     context = tl.load(context_ptr + seq)
     first = 0

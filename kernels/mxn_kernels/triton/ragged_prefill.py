@@ -1,8 +1,10 @@
 """Causal attention for chunks of many sequences in one launch, each continuing from what its cache holds already.
 
-A program takes BLOCK_Q tokens of one sequence times the query heads of one KV head, so keys and values are read once for
+A program takes BLOCK_Q tokens of one sequence times the query heads of one KV head, so keys and values are read once
+for
 the group. Tokens that every row sees go through an unmasked loop; the diagonal, and a window's far edge, through masked
-ones. Source: FlashAttention-2 (Dao, 2023); packing tokens with heads and searching the sequence as in vLLM's unified kernel.
+ones. Source: FlashAttention-2 (Dao, 2023); packing tokens with heads and searching the sequence as in vLLM's unified
+kernel.
 """
 
 import torch
@@ -122,7 +124,8 @@ def _ragged_prefill_kernel(
     HAS_LSE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    # The last blocks of a sequence see the most tokens; they start first, so that the short ones fill the gaps at the end.
+    # The last blocks of a sequence see the most tokens; they start first, so that the short ones fill the gaps at the
+    # end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
     seq, first_query, num_queries, block_start = find_block(starts_ptr, num_seqs, block, BLOCK_Q)

@@ -1,6 +1,7 @@
 """Rotary embedding: a program takes a tile of (token, head) rows, query heads and key heads alike.
 
-A row is loaded twice, as it is and with each pair swapped, which costs a cache hit and leaves it in one piece for the store.
+A row is loaded twice, as it is and with each pair swapped, which costs a cache hit and leaves it in one piece for the
+store.
 """
 
 import torch

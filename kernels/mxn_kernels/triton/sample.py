@@ -1,7 +1,9 @@
-"""Sampling without sorting: one program per row passes over its logits a few dozen times, from the second pass on out of cache.
+"""Sampling without sorting: one program per row passes over its logits a few dozen times, from the second pass on out
+of cache.
 
 Every token has a different key, its mass and then its id, so "the token at which the running mass passes m" is found by
-bisection over keys, and so are the ends of top-k and top-p. Source of the idea: FlashInfer's sorting-free sampling, there by
+bisection over keys, and so are the ends of top-k and top-p. Source of the idea: FlashInfer's sorting-free sampling,
+there by
 rejection; bisection over exact integers gives the same token on every chip and in every batch.
 """
 
@@ -163,7 +165,8 @@ def _tally(logits_ptr, vocab_size, largest, scale, floor, BLOCK: tl.constexpr):
 def _find(logits_ptr, vocab_size, largest, scale, floor, count, target, by_count, BLOCK: tl.constexpr):
     """Key of the token at which the running sum, from the largest key down to `floor`, passes `target`.
 
-    Sums masses, or ones if by_count. `count` keys are at least `floor`. Between low and high lies what is searched for: keys from
+    Sums masses, or ones if by_count. `count` keys are at least `floor`. Between low and high lies what is searched
+    for: keys from
     low up sum to more than the target, keys from high up do not.
     """
     low = floor

@@ -1,7 +1,9 @@
 """Decode for sequences that share leading blocks: one pass of all their queries over the prefix, then their own tails.
 
-The pass is shaped like prefill, without a causal mask: a tile of query rows (members of a group times the heads of one KV
-head) reads the prefix once. Both write fp32 partial results into one buffer, prefix splits first, and one merge adds them up in that
+The pass is shaped like prefill, without a causal mask: a tile of query rows (members of a group times the heads of one
+KV
+head) reads the prefix once. Both write fp32 partial results into one buffer, prefix splits first, and one merge adds
+them up in that
 order. Source: cascade inference (Ye et al., FlashInfer, 2024); Hydragen (Juravsky et al., 2024).
 """
 

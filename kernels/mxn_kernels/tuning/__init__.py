@@ -1,6 +1,7 @@
 """Tile sizes by chip, as data: one JSON file per target, then per vendor. Nothing is tuned while serving.
 
-A file maps an op to rows; the first whose conditions all hold is taken. Conditions: `dim_max` (larger of the key and value
+A file maps an op to rows; the first whose conditions all hold is taken. Conditions: `dim_max` (larger of the key and
+value
 sizes, padded), `dtype` (of the query), `fp8` (whether the cache is), `group_min` (query heads per KV head). A row's
 `source` says where its numbers come from.
 """
@@ -61,7 +62,7 @@ def _tile(
     for name in tables:
         for row in _table(name).get(op, ()):
             if _holds(row.get("when", {}), facts):
-                return _fitted(_from_row(row, name, op, group), target, dtype, sum(dims))
+                return _fitted(_from_row(row, name, op, group), target, dtype, sum(dims), group)
     raise ValueError(f"no tuning table has a row for {op} on {target.name} with {facts}; looked in {tables or 'none'}")
 
 
@@ -99,27 +100,35 @@ def _holds(when: dict[str, Any], facts: dict[str, Any]) -> bool:
     return True
 
 
-def _fitted(tile: Tile, target: Target, dtype: torch.dtype, dims: int) -> Tile:
-    """Halves what can be halved until keys and values of all stages, and the queries, fit shared memory."""
+def _fitted(tile: Tile, target: Target, dtype: torch.dtype, dims: int, group: int) -> Tile:
+    """Takes stages away, then halves tokens, then query rows, until the tile fits shared memory."""
+    fewest_rows = max(16, 1 << (group - 1).bit_length())
     while shared_bytes(tile, target, dtype, dims) > target.shared_memory_bytes:
         if tile.num_stages > 1:
             tile = replace(tile, num_stages=tile.num_stages - 1)
         elif tile.block_n > 16:
             tile = replace(tile, block_n=tile.block_n // 2)
+        elif tile.block_m > fewest_rows:
+            tile = replace(tile, block_m=tile.block_m // 2)
         else:
             break
     return tile
 
 
 def shared_bytes(tile: Tile, target: Target, dtype: torch.dtype, dims: int) -> int:
-    """An upper estimate for a tile; `python -m mxn_kernels.aot` prints what the compiler takes."""
-    # AMD's pipeline keeps the newest stage in registers.
-    buffers = max(1, tile.num_stages - 1) if target.vendor == "amd" else tile.num_stages
-    return (buffers * tile.block_n + tile.block_m) * dims * dtype.itemsize
+    """An upper estimate for a tile; `python -m mxn_kernels.aot` prints what the compiler takes.
+
+    Seen in compiled kernels: with the block table's load in the pipeline, 5 stages make 2 or 3 buffers of keys and
+    values, 3
+    make 1 or 2. AMD keeps the newest, and the queries, in registers.
+    """
+    if target.vendor == "amd":
+        return max(1, tile.num_stages - 1) * tile.block_n * dims * dtype.itemsize
+    return ((tile.num_stages // 2 + 1) * tile.block_n * dims + tile.block_m * dims // 2) * dtype.itemsize
 
 
 def add_table(name: str, table: dict[str, list[dict[str, Any]]]) -> None:
-    """Gives a target or vendor a table, in the form of the files here: for chips that run these kernels from elsewhere."""
+    """Gives a target or vendor a table in the form of the files here, for chips that are described elsewhere."""
     _added[name] = table
     _tile.cache_clear()
 
