@@ -43,7 +43,7 @@ def matrix(records: Sequence[Record]) -> Grid:
         batch = next((r for r in own if r.workload.headline == "output_tokens_per_s"), None)
         main = batch or one or own[0]
         if batch:
-            batch_title = f"{batch.workload.concurrency} streams"
+            batch_title = f"{batch.workload.concurrency} at once"
         subject, watts = main.subject, main.mean_watts
         sources[_power_text(watts)] = None
         interfaces[subject.interface] = None
