@@ -121,7 +121,7 @@ def running_server(*specs: DeploymentSpec, settings: ServerSettings | None = Non
 
 
 SCRIPT = "hello world"
-"""What "fake-model" of the shared server says before its end-of-text token; "hash-model" says what its prompt hashes to."""
+"""What "fake-model" of the shared server says before its end-of-text token; "hash-model" hashes its prompt."""
 
 
 @pytest.fixture(scope="session")

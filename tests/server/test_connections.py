@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
@@ -11,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from mxn.core.model import Model
 from mxn.fleet.deployment import DeploymentSpec
 from mxn.fleet.replica import SequenceStream
 from mxn.server.settings import ServerSettings
 
-from .conftest import Running
+from .conftest import Running, running_server, spec_of
 
 Start = Callable[..., Running]
 Make = Callable[..., DeploymentSpec]
@@ -23,7 +25,10 @@ Make = Callable[..., DeploymentSpec]
 
 def request_bytes(body: dict[str, Any], path: str = "/v1/completions") -> bytes:
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
     return head.encode() + data
 
 
@@ -54,10 +59,11 @@ def is_closed_within(connection: socket.socket, seconds: float) -> bool:
     return True
 
 
-@pytest.fixture
-def slow(start_server: Start, fake_deployment: Make) -> Running:
-    """Two models with 10 ms steps."""
-    return start_server(fake_deployment(options={"step_ms": 10}), fake_deployment("other", options={"step_ms": 10}))
+@pytest.fixture(scope="module")
+def slow(fake_model: Model) -> Iterator[Running]:
+    """A model with 10 ms steps."""
+    with running_server(spec_of(fake_model, "fake-model", step_ms=10)) as running:
+        yield running
 
 
 @pytest.fixture
@@ -79,11 +85,12 @@ def canary(slow: Running) -> Iterator[Callable[[], bool]]:
 
     def is_well() -> bool:
         slow.wait_for(lambda: time.monotonic() - times[-1] < 0.2, 2)
-        return max(b - a for a, b in zip(times, times[1:], strict=False)) < 1.0
+        return max(b - a for a, b in itertools.pairwise(times)) < 1.0
 
     yield is_well
     stop.set()
     thread.join(10)
+    slow.wait_for(lambda: not slow.deployment().stats.num_running)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -114,9 +121,19 @@ def test_a_client_that_leaves_frees_its_blocks_within_two_steps(
 
 
 def test_a_finished_request_is_not_aborted(slow: Running) -> None:
+    aborted = slow.deployment().stats.num_aborted
     for stream in (True, False):
         slow.post("/v1/completions", {"model": "fake-model", "prompt": "x", "max_tokens": 3, "stream": stream})
-    assert slow.deployment().stats.num_aborted == 0
+    assert slow.deployment().stats.num_aborted == aborted
+
+
+def test_gaps_between_tokens_are_observed(slow: Running) -> None:
+    name = 'mxn_inter_token_latency_seconds_bucket{le="0.0025",model="fake-model"}'
+    slow.post("/v1/completions", {"model": "fake-model", "prompt": "x", "max_tokens": 5, "ignore_eos": True})
+    text = slow.http.get("/metrics").text
+    counts = [float(line.split()[1]) for line in text.splitlines() if "inter_token_latency_seconds_count" in line]
+    assert counts[0] >= 4
+    assert f"{name} 0.0" in text  # no gap is shorter than a step
 
 
 def test_free_blocks_return_after_many_disconnects(slow: Running) -> None:
@@ -154,9 +171,7 @@ def test_a_slow_reader_is_cut_off_and_hurts_nobody(start_server: Start, fake_dep
 
 
 @pytest.fixture(scope="module")
-def guarded(fake_model: Any) -> Iterator[Running]:
-    from .conftest import running_server, spec_of
-
+def guarded(fake_model: Model) -> Iterator[Running]:
     limits = ServerSettings(
         head_timeout_s=0.4, body_timeout_s=0.4, max_body_bytes=100_000, max_connections=8, max_head_bytes=16_384
     )

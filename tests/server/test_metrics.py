@@ -35,7 +35,6 @@ def test_a_request_moves_its_counters_and_histograms(server: Running) -> None:
     assert grew("mxn_requests_total", "model=fake-model,outcome=stop") == 1
     assert grew("mxn_time_to_first_token_seconds_count") == 1
     assert grew("mxn_request_duration_seconds_count") == 1
-    assert grew("mxn_inter_token_latency_seconds_count") >= 1
     assert grew("mxn_engine_output_tokens_total") == len(SCRIPT) + 1
     assert grew("mxn_engine_steps_total") >= len(SCRIPT)
     assert grew("mxn_http_requests_total", "method=POST,route=/v1/completions,status=200") == 1

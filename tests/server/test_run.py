@@ -69,6 +69,13 @@ def body(num_tokens: int) -> dict[str, object]:
     return {"model": "m", "prompt": "x", "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
 
 
+@contextmanager
+def streaming(url: str, num_tokens: int) -> Iterator[Iterator[bytes]]:
+    """The chunks of a running stream; it is closed when nothing holds them."""
+    with httpx.stream("POST", f"{url}/v1/completions", json=body(num_tokens)) as response:
+        yield response.iter_bytes()
+
+
 def wait_until_draining(url: str) -> httpx.Response:
     for _ in range(200):
         response = httpx.get(f"{url}/readyz")
@@ -80,8 +87,7 @@ def wait_until_draining(url: str) -> httpx.Response:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_the_process_exits_0(fake_model: Model, number: signal.Signals) -> None:
-    with serving(fake_model) as (process, url), httpx.stream("POST", f"{url}/v1/completions", json=body(60)) as running:
-        chunks = running.iter_bytes()
+    with serving(fake_model) as (process, url), streaming(url, 60) as chunks:
         text = next(chunks)
         process.send_signal(number)
         ready = wait_until_draining(url)
@@ -97,23 +103,19 @@ def test_a_signal_drains_and_the_process_exits_0(fake_model: Model, number: sign
 
 
 def test_a_second_signal_ends_at_once(fake_model: Model) -> None:
-    with serving(fake_model, drain_s=60) as (process, url):
-        with httpx.stream("POST", f"{url}/v1/completions", json=body(1900)) as running:
-            chunks = running.iter_bytes()  # closed when nothing holds it
-            next(chunks)
-            process.send_signal(signal.SIGTERM)
-            wait_until_draining(url)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 1
+    with serving(fake_model, drain_s=60) as (process, url), streaming(url, 1900) as chunks:
+        next(chunks)
+        process.send_signal(signal.SIGTERM)
+        wait_until_draining(url)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 1
 
 
 def test_requests_that_outlast_the_drain_are_ended(fake_model: Model) -> None:
-    with serving(fake_model, drain_s=0.3) as (process, url):
-        with httpx.stream("POST", f"{url}/v1/completions", json=body(1900)) as running:
-            chunks = running.iter_bytes()  # closed when nothing holds it
-            next(chunks)
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(5) == 1
+    with serving(fake_model, drain_s=0.3) as (process, url), streaming(url, 1900) as chunks:
+        next(chunks)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 1
 
 
 def test_an_idle_server_leaves_at_once_and_takes_its_children_along(fake_model: Model) -> None:
