@@ -126,7 +126,7 @@ class Executor(ABC):
 
 
 LoadProgress = Callable[[str, float], None]
-"""Called with (phase, fraction in 0..1) while loading; phases: "self-test", "weights", "quantise", "kernels"."""
+"""Called with (phase, fraction in 0..1) while loading; phases such as "kernels", "weights", "kv-cache"."""
 
 
 class Backend(ABC):

@@ -117,6 +117,7 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine, ReplicaInfo]:
     backend = load_backend(message.backend)
     executor = backend.load(message.model, settings, message.chips, progress)
     progress("load", 1.0)
+    progress("warm-up", 0.0)
     warm_up = executor.warm_up()
     progress("warm-up", 1.0)
     log.info("warmed up in %.2f s: %s", warm_up.seconds, ", ".join(warm_up.compiled) or "nothing to compile")

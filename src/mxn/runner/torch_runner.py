@@ -172,7 +172,9 @@ def load_runner(model: Model, settings: LoadSettings, plan: LoadPlan, progress: 
 
     windows = layer_windows(config.to_dict())
     layers = discover_layers(loaded, windows)
+    progress("kv-cache", 0.0)
     attention, kv_bytes, kv_notes = _make_cache(layers, max_context, settings, plan)
+    progress("kv-cache", 1.0)
     forward = plan.make_forward(loaded, attention, windows)
     notes += kv_notes
     return TorchRunner(
