@@ -126,7 +126,8 @@ def test_every_route_and_method_answers_with_a_body_or_openais_error(server: Run
         for method in METHODS:
             response = server.http.request(method, path)
             assert response.status_code in (200, 400, 404, 405, 415), (method, path)
-            assert response.headers["x-request-id"]
+            if method != "BREW":  # which some parsers refuse before there is a request
+                assert response.headers["x-request-id"]
             if response.status_code != 200 and method != "HEAD":
                 server.get_error(response)
             if response.status_code == 405:

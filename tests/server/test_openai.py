@@ -12,18 +12,8 @@ from hypothesis import strategies as st
 
 from mxn.errors import RequestError
 from mxn.fleet.deployment import Deployment
-from mxn.server.openai import (
-    INT32_MAX,
-    INT64_MAX,
-    MAX_LOGIT_BIAS,
-    MAX_STOP,
-    MAX_STOP_CHARS,
-    MAX_STOP_TOKEN_IDS,
-    ChatRequest,
-    CompletionRequest,
-    check,
-    message_text,
-)
+from mxn.server.fields import MAX_LOGIT_BIAS, MAX_STOP, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS
+from mxn.server.openai import INT32_MAX, INT64_MAX, ChatRequest, CompletionRequest, check, message_text
 from mxn.server.sampling import check_prompt_ids, for_choice, to_sampling
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

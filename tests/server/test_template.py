@@ -16,6 +16,7 @@ import pytest
 from mxn.errors import RequestError
 from mxn.server.settings import ServerSettings
 from mxn.server.template import TemplateRenderer
+from mxn.server.template_worker import compile_template, render
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -188,3 +189,54 @@ def test_no_template_is_made_outside_the_sandbox() -> None:
     source = Path(__file__).parents[2] / "src" / "mxn"
     for path in source.rglob("*.py"):
         assert not re.search(r"(?<!Sandboxed)\bEnvironment\(", path.read_text()), path
+
+
+@pytest.mark.torch
+def test_prompts_equal_those_of_transformers() -> None:
+    chat = pytest.importorskip("transformers.utils.chat_template_utils")
+    turns = [("system", "Be brief."), ("user", " hi\n"), ("assistant", "hello"), ("user", "1 < 2 & 'x'")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for name, template in TEMPLATES.items():
+        variables = {**SPECIAL, "add_generation_prompt": True, "enable_thinking": False}
+        expected, _ = chat.render_jinja_template([messages], chat_template=template, **variables)
+        given = {"tools": None, "documents": None, **variables, "messages": messages}
+        assert render(compile_template(template), given, 100_000) == expected[0], name
+
+
+TEMPLATES = {
+    "chatml": (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'"
+        " + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+    "headers": (
+        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+        "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    ),
+    "block statements": """
+{%- if messages[0].role == 'system' %}
+    {{- '<|system|>' + messages[0].content }}
+    {%- set rest = messages[1:] %}
+{%- else %}
+    {%- set rest = messages %}
+{%- endif %}
+{% for m in rest %}
+    {% if m.role == 'assistant' %}
+        {% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}
+    {% else %}
+<turn>{{ m.content | tojson }}</turn>
+    {% endif %}
+{% endfor %}
+{%- if enable_thinking is defined and enable_thinking is false %}
+    {{- '<think>\n\n</think>\n\n' }}
+{%- endif %}""",
+    "loop controls": (
+        "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}[{{ loop.index }}] {{ m.content }}"
+        "{% if loop.last %}{% break %}{% endif %}|{% endfor %}{{ messages | map(attribute='role') | join(',') }}"
+    ),
+    "namespace and date": (
+        "{% set ns = namespace(found=false) %}{% for m in messages %}{% if m.role == 'user' and not ns.found %}"
+        "{% set ns.found = true %}{{ m.content.strip() }}{% endif %}{% endfor %}{{ strftime_now('%Y-%m-%d') }}"
+    ),
+}
+"""How the templates of well-known families are built, in their own idioms."""

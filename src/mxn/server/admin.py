@@ -11,7 +11,7 @@ from starlette.responses import Response
 from mxn import __version__
 from mxn.errors import RequestError
 from mxn.server.body import read_json
-from mxn.server.errors import brief, fit_to_show, send_json
+from mxn.server.errors import fit_to_show, send_json
 from mxn.server.gateway import Gateway
 from mxn.server.metrics import CONTENT_TYPE
 from mxn.server.openai import DetokenizeRequest, TokenizeRequest, check
@@ -111,8 +111,6 @@ class DetokenizeEndpoint:
         request = check(DetokenizeRequest, await read_json(scope["headers"], receive, gateway.settings))
         deployment = gateway.deployment(request.model)
         ids = request.tokens
-        if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
-            raise RequestError(f"tokens must be a list of token ids, got {brief(ids)}", param="tokens")
         if ids:
             check_prompt_ids(ids, deployment, "tokens")
         text = deployment.tokenizer.decode(ids, skip_special_tokens=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,7 +44,7 @@ def error_event(answer: ErrorAnswer) -> bytes:
     return b"data: " + answer.body() + b"\n\n"
 
 
-class Answer:
+class Answer(ABC):
     """Identity of one answer and the parts of its events that never change."""
 
     whole_kind: ClassVar[str]
@@ -67,9 +68,14 @@ class Answer:
         """What a choice begins with."""
         return b""
 
+    @abstractmethod
     def event(self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> bytes:
         """A piece of one choice."""
-        raise NotImplementedError
+
+    @staticmethod
+    @abstractmethod
+    def choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+        """One choice of a whole answer."""
 
 
 class ChatAnswer(Answer):
@@ -95,7 +101,6 @@ class ChatAnswer(Answer):
 
     @staticmethod
     def choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
-        """One choice of a whole answer."""
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
 
@@ -118,5 +123,4 @@ class CompletionAnswer(Answer):
 
     @staticmethod
     def choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
-        """One choice of a whole answer."""
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

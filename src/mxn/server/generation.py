@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -69,11 +70,11 @@ class Job:
         )
 
 
-class GenerationEndpoint:
+class GenerationEndpoint(ABC):
     """An ASGI endpoint that answers with completions; children say what the two APIs differ in."""
 
     request_kind: ClassVar[type[GenerationRequest]]
-    answer_kind: ClassVar[type[ChatAnswer] | type[CompletionAnswer]]
+    answer_kind: ClassVar[type[Answer]]
     id_prefix: ClassVar[str]
 
     def __init__(self, gateway: Gateway) -> None:
@@ -112,11 +113,13 @@ class GenerationEndpoint:
 
     # ------------------------------------------------------------------ what the two APIs differ in
 
+    @abstractmethod
     async def _prompts(self, request: Any, served: Served) -> list[Prompt]:
-        raise NotImplementedError
+        """The request's prompts as token ids, each with its sampling."""
 
+    @abstractmethod
     def _logprobs(self, request: Any, scored: Sequence[Scored], tokenizer: Tokenizer) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """Logprobs in the API's shape, None when they were not asked for."""
 
     # ------------------------------------------------------------------ before the first token
 

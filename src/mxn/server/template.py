@@ -43,18 +43,12 @@ class TemplateRenderer:
         Raises: RequestError when the template refuses the conversation, fails, or takes too long.
         """
         async with self._lock:
+            exchange = asyncio.ensure_future(self._exchange(Render(messages=messages, variables=variables)))
             try:
-                process = await self._started()
-                async with asyncio.timeout(self._settings.template_timeout_s):
-                    answer = await _ask(process, Render(messages=messages, variables=variables))
-            except TimeoutError:
-                await self._kill()
-                raise _failed(f"it took longer than {self._settings.template_timeout_s:g} s") from None
-            except (asyncio.IncompleteReadError, OSError):
-                await self._kill()
-                raise _failed("it needed more time or memory than it may have") from None
-            except BaseException:
-                await self._kill()  # a cancelled exchange leaves an answer in the pipe
+                answer = await asyncio.shield(exchange)
+            except asyncio.CancelledError:
+                await asyncio.wait([exchange])  # an answer left in the pipe would be taken for the next one's
+                exchange.exception()
                 raise
         if isinstance(answer, Rendered):
             return answer.text
@@ -74,6 +68,18 @@ class TemplateRenderer:
         """Ends the child."""
         async with self._lock:
             await self._kill()
+
+    async def _exchange(self, request: Render) -> Rendered | Refused | Failed:
+        try:
+            process = await self._started()
+            async with asyncio.timeout(self._settings.template_timeout_s):
+                return await _ask(process, request)
+        except TimeoutError:
+            await self._kill()
+            return Failed(f"it took longer than {self._settings.template_timeout_s:g} s")
+        except (asyncio.IncompleteReadError, OSError):
+            await self._kill()
+            return Failed("it needed more time or memory than it may have")
 
     async def _started(self) -> Process:
         if self._process is not None and self._process.returncode is None:
