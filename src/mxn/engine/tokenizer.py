@@ -79,7 +79,8 @@ class Tokenizer:
         allow_special: when False, text that spells a control token is encoded as the plain characters it consists of.
         """
         backend = self._backend if allow_special else self._plain
-        return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        # The batch call of one lets other threads run meanwhile, `encode` does not; without offsets it is 2-5x faster.
+        return list(backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; ids outside the vocabulary decode to nothing."""
