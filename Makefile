@@ -41,6 +41,9 @@ serve: $(VENV)/.cpu ## serve the default model on http://127.0.0.1:8000 (ARGS="M
 bench: $(VENV)/.cpu ## run the serving workloads against mxn (ARGS="--help" for the options)
 	$(BIN)/python benchmarks/serving.py $(ARGS)
 
+# OpenMP's threads must not spin while they wait, else tests that run beside other processes crawl on a busy machine.
+test: export GOMP_SPINCOUNT := 0
+test: export OMP_NUM_THREADS ?= 2
 test: $(VENV)/.dev ## run every test, those on real weights included
 	$(BIN)/python -m pytest $(ARGS)
 
