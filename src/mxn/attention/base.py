@@ -22,7 +22,7 @@ class LayerKV:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionMetadata:
-    """Where the tokens of a flat ragged batch live. T tokens, S sequences; all int32 CPU-contiguous unless said otherwise.
+    """Where the tokens of a flat ragged batch live: T tokens of S sequences. All are int32 unless said otherwise.
 
     query_starts (S + 1): first flat index of each sequence's tokens; last entry is T.
     context_lens (S): tokens in the cache after this step, new ones included; >= query length.
