@@ -105,7 +105,8 @@ class Deployment:
     @property
     def is_ready(self) -> bool:
         """True when requests are served: loaded, not draining, and idle or making progress."""
-        return self.state == "ready" and not self.is_stalled
+        replica = self._replica
+        return self.state == "ready" and replica is not None and not replica.ended.is_set() and not self.is_stalled
 
     @property
     def max_context(self) -> int:
