@@ -24,7 +24,7 @@ def move_blocks(
     piece = min(PIECE, triton.next_power_of_2(num_words))
     launch(
         _move_blocks_kernel,
-        (triton.cdiv(num_words, piece), count),
+        (count, triton.cdiv(num_words, piece)),
         options={"num_warps": 4},
         source_ptr=source,
         destination_ptr=destination,
@@ -52,14 +52,14 @@ def _move_blocks_kernel(
     HAS_SOURCE_IDS: tl.constexpr,
     HAS_DESTINATION_IDS: tl.constexpr,
 ):
-    move = tl.program_id(1).to(tl.int64)
+    move = tl.program_id(0).to(tl.int64)
     source = move
     destination = move
     if HAS_SOURCE_IDS:
         source = tl.load(source_ids_ptr + move).to(tl.int64)
     if HAS_DESTINATION_IDS:
         destination = tl.load(destination_ids_ptr + move).to(tl.int64)
-    words = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
+    words = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
     mask = words < num_words
     moved = tl.load(source_ptr + source * stride_s + words, mask=mask)
     tl.store(destination_ptr + destination * stride_d + words, moved, mask=mask)

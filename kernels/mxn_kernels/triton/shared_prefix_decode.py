@@ -44,7 +44,7 @@ def shared_prefix_decode(
     tile = tile_for("shared_prefix_decode", target, query.dtype, cache, group)
     tail_tile = tile_for("paged_decode", target, query.dtype, cache, group)
     block_q = tile.block_m // group
-    num_tiles = prefix.num_members // block_q + len(prefix.groups)
+    num_tiles = sum(-(-len(members.members) // block_q) for members in prefix.groups)
     head_parts = num_splits or prefix_splits(
         num_tiles, cache.num_kv_heads, prefix.max_prefix, tile.block_n, target.num_multiprocessors
     )

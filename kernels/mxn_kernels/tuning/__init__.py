@@ -128,13 +128,13 @@ def shared_bytes(tile: Tile, target: Target, dtype: torch.dtype, dims: int) -> i
 
 
 def add_table(name: str, table: dict[str, list[dict[str, Any]]]) -> None:
-    """Gives a target or vendor a table in the form of the files here, for chips that are described elsewhere."""
+    """Gives a target or vendor a table in the form of the files here; its ops go before the file's."""
     _added[name] = table
     _tile.cache_clear()
 
 
 def _table(name: str) -> dict[str, Any]:
-    return _added.get(name) or _shipped(name)
+    return {**_shipped(name), **_added.get(name, {})}
 
 
 @cache

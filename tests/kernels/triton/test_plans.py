@@ -29,12 +29,13 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gf
     ("num_seqs", "context", "window", "splits"),
     [
         (1, 32768, None, 64),  # 8 programs unsplit; 528 wanted
-        (16, 8192, None, 4),
+        (16, 8192, None, 16),  # 2,048 programs of 512 tokens
         (16, 512, None, 4),
         (16, 200, None, 1),  # fewer than two tiles each
-        (33, 32768, None, 1),  # 264 programs are two a multiprocessor
+        (64, 8192, None, 4),  # 512 programs would leave a third of a second round
+        (256, 2048, None, 1),  # 2,048 programs unsplit
         (1, 32768, 512, 4),  # a window has few tokens to share
-        (1, 2**20, None, 64),
+        (1, 2**20, None, 128),
         (0, 100, None, 1),
     ],
 )
@@ -67,7 +68,7 @@ def test_decode_plan_of_an_h100() -> None:
         ops.paged_decode(query, cache, *tables, scaling=0.1, target=Target.named("sm_90"))
         ops.paged_decode(query, cache, *tables, scaling=0.1, max_context=100, target=Target.named("sm_90"))
     split, merge, direct = launches
-    assert (split.name, split.grid) == ("paged_decode_kernel", (4, 8, 16))
+    assert (split.name, split.grid) == ("paged_decode_kernel", (16, 8, 16))
     assert (merge.name, merge.grid) == ("merge_kernel", (32, 16))
     assert (direct.name, direct.grid) == ("paged_decode_kernel", (1, 8, 16))
     assert direct.arguments["out_ptr"].dtype is torch.bfloat16
