@@ -158,6 +158,12 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "/x")
 
 
+def test_a_cache_folder_below_a_file_is_named(hub: Web, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DownloadError, match=r"cannot write to .*/file/cache.*: Not a directory; set MXN_CACHE_DIR"):
+        fetch("org/tiny", cache=tmp_path / "file" / "cache")
+
+
 def test_a_killed_process_leaves_no_model_and_the_next_goes_on(hub: Web, tmp_path: Path) -> None:
     hub.delay_s = 0.3
     cache = tmp_path / "cache"

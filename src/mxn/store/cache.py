@@ -204,7 +204,7 @@ def disk_errors(cache: Cache, key: str | None) -> Iterator[None]:
                 f"the disk of {cache.root} became full while fetching; what was fetched is deleted again, "
                 f"{_mib(free)} are free now. Free some space, or set MXN_CACHE_DIR to a folder on a larger disk"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
             raise DownloadError(
                 f"cannot write to {error.filename or cache.root}: {error.strerror}; "
                 "set MXN_CACHE_DIR to a folder you may write to"
