@@ -89,6 +89,13 @@ def test_all_faults_come_at_once_with_their_places(tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_of_faulty_entries_is_not_called_too_short(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        _load(tmp_path, "deployments: [{model: m, threads: ten}]")
+    assert str(error.value).endswith("mxn.yaml:1:35: deployments[0].threads: expected a whole number, got 'ten'")
+    assert len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "part"),
     [

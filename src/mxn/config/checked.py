@@ -87,6 +87,8 @@ def _add_faults(document: Document, model: type[BaseModel], errors: list[dict[st
                 path = path[:-1]  # drops what pydantic adds to say which branch of a union it tried
             if path_text(path) in unread:
                 continue  # it is already said why the value could not be read
+            if error["type"] == "too_short" and len(error["input"]) >= error["ctx"]["min_length"]:
+                continue  # pydantic counts entries without faults only; each faulty one is named by itself
             expected.setdefault(path, []).append(_expected(error))
             got[path] = error.get("input")
     for path, texts in expected.items():
