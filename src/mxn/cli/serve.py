@@ -136,8 +136,9 @@ async def _serve(
 
     fleet = Fleet([one.spec for one in prepared])
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
     serving = asyncio.create_task(
-        serve_http(build_app(fleet, settings), *where, on_started=lambda base: url.set_result(f"{base}/v1"))
+        serve_http(build_app(fleet, settings), *where, on_started=lambda base: url.set_result(f"{base}/v1"), stop=stop)
     )
     either: set[asyncio.Future[Any]] = {serving, url}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -150,7 +151,7 @@ async def _serve(
         if not loading.done():
             loading.cancel()
         elif not any(deployment.is_ready for deployment in fleet.deployments):
-            signal.raise_signal(signal.SIGTERM)  # ends the server as any other stop does
+            stop.set()
             await serving
             raise BackendError("; ".join(f"{d.name} could not be loaded: {d.reason}" for d in fleet.deployments))
         else:
@@ -166,14 +167,17 @@ async def _load(fleet: Fleet, phases: Phases) -> None:
     import asyncio
 
     starting = asyncio.create_task(fleet.start())
-    many = len(fleet.deployments) > 1
+    prefixes = {d.name: f"{d.name}: " if len(fleet.deployments) > 1 else "" for d in fleet.deployments}
     try:
         while not starting.done():
             for d in fleet.deployments:
                 if d.state == "loading" and d.load_phase:
-                    phases(f"{d.name}: {d.load_phase}" if many else d.load_phase, d.load_fraction)
+                    phases(prefixes[d.name] + d.load_phase, d.load_fraction)
             await asyncio.wait({starting}, timeout=0.1)
         await starting
+        for d in fleet.deployments:
+            if d.is_ready:  # its last phase has ended, whether or not we looked in time
+                phases(prefixes[d.name] + d.load_phase, 1.0)
     finally:
         starting.cancel()
 
