@@ -50,7 +50,7 @@ def matrix(records: Sequence[Record]) -> Grid:
         rows.append(
             (
                 subject.model,
-                f"{subject.backend} {subject.quantisation}",
+                subject.label if subject.backend == "unknown" else f"{subject.backend} {subject.quantisation}",
                 figure(one.headline) if one else "-",
                 figure((one or main).metrics.get("ttft_ms")),
                 figure(batch.headline) if batch else "-",
