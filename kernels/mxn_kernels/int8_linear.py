@@ -49,6 +49,19 @@ class Int8Weight:
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.panels, self.scales, self.bias))
 
+    def channels(self, first: int, last: int) -> Int8Weight:
+        """Output channels [first, last) over the same memory. Raises: ValueError unless `first` begins a panel."""
+        if first % PANEL or not 0 <= first < last <= self.n:
+            raise ValueError(
+                f"channels must begin at a multiple of {PANEL} and lie in {self.n}, found {first} to {last}"
+            )
+        end = _round_up(last, PANEL)
+        if last % PANEL and last != self.n:
+            raise ValueError(f"channels must end with a panel of {PANEL}, found {last} of {self.n}")
+        depth = self.panels.numel() // self.scales.numel()
+        panels = self.panels[first * depth : end * depth]
+        return Int8Weight(panels, self.scales[first:end], self.bias[first:end], last - first, self.k)
+
     def dequantise(self) -> torch.Tensor:
         """[n, k] float32."""
         depth = self.panels.numel() // self.scales.numel()

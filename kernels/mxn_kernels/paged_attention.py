@@ -50,15 +50,18 @@ class _Operands(ctypes.Structure):
     ]
 
 
-class _Fault(ctypes.Structure):
+class Fault(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("kind", "index", "found", "limit")]
 
 
-_FAULTS = {
+FAULTS = {
     1: "query_starts[{index}] is {found}; it must start at 0, not fall, and end at the number of tokens ({limit})",
     2: "context_lens[{index}] is {found}; it must be at least the query length and at most {limit}",
     3: "block_table row {index} names block {found}; blocks are 0 to {limit} (exclusive)",
     4: "slot_mapping[{index}] is {found}; slots are -1 (not written) or 0 to {limit} (exclusive)",
+    6: "token_ids[{index}] is {found}; tokens are 0 to {limit} (exclusive)",
+    7: "positions[{index}] is {found}; positions are 0 to {limit} (exclusive)",
+    8: "logit_rows[{index}] is {found}; rows are 0 to {limit} (exclusive)",
 }
 
 
@@ -189,7 +192,7 @@ def paged_attention(
         scaling,
         softcap or 0.0,
     )
-    fault = _Fault()
+    fault = Fault()
     kind = workspace.library.paged_attention(
         workspace.handle,
         workspace.plan,
@@ -199,9 +202,9 @@ def paged_attention(
         ctypes.addressof(fault),
     )
     if kind:
-        if kind not in _FAULTS:
+        if kind not in FAULTS:
             raise MemoryError(f"no memory for attention over {num_tokens} tokens")
-        raise ValueError(_FAULTS[kind].format(index=fault.index, found=fault.found, limit=fault.limit))
+        raise ValueError(FAULTS[kind].format(index=fault.index, found=fault.found, limit=fault.limit))
     return out
 
 

@@ -34,8 +34,8 @@ def encode(folder: str, text: str) -> list[int]:
     return list(Tokenizer.from_file(f"{folder}/tokenizer.json").encode(text).ids)
 
 
-def load(model: Model, quantisation: Any) -> Any:
-    settings = LoadSettings(quantisation=quantisation, kv_bytes=256 * 2**20, max_step_tokens=512)
+def load(model: Model, quantisation: Any, **changes: Any) -> Any:
+    settings = LoadSettings(quantisation=quantisation, kv_bytes=256 * 2**20, max_step_tokens=512, **changes)
     return load_cpu_runner(model, settings, cores=1, free_bytes=lambda: 2**34, progress=lambda phase, fraction: None)
 
 
@@ -113,3 +113,13 @@ def test_the_same_int8_tokens_whatever_else_is_in_the_batch(
         for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     assert together == alone
+
+
+def test_step_program_has_the_likelihood_of_the_modules(smollm2: Model, kernels: None) -> None:
+    text = "\n\n".join(importlib.import_module(name).__doc__ or "" for name in TEXT_MODULES.split())
+    ids = encode(smollm2.folder, re.sub(r">>>.*|\.\.\. .*", "", text))[:1000]
+    step, modules = load(smollm2, "int8"), load(smollm2, "int8", options=(("program", "modules"),))
+    assert step.notes[-1] == "forward: step program"
+    found, expected = mean_nll(step, ids), mean_nll(modules, ids)
+    print(f"mean negative log-likelihood: modules {expected:.4f}, step program {found:.4f}")
+    assert abs(found / expected - 1) < 0.005

@@ -27,7 +27,13 @@ ENTRY_POINTS = {
     "mxn_rms_norm": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _FLOAT, _FLOAT, _POINTER]),
     "mxn_paged_attention": (_INT, [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
     "mxn_copy_blocks": (None, [_POINTER, _LONG, _POINTER, _LONG]),
+    "mxn_step_plans_create": (_POINTER, []),
+    "mxn_step_plans_destroy": (None, [_POINTER]),
+    "mxn_step": (_INT, [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
 }
+
+WITHOUT_LOCK = {"mxn_step"}
+"""Calls of milliseconds, during which other Python threads may run."""
 
 
 class Library:
@@ -38,9 +44,9 @@ class Library:
         self.path = path
         # PyDLL keeps the interpreter lock: a step makes hundreds of calls of a few microseconds, and giving the lock
         # away each time lets another thread hold it for milliseconds.
-        self._dll = ctypes.PyDLL(str(path))
+        self._dll, self._unlocked = ctypes.PyDLL(str(path)), ctypes.CDLL(str(path))
         for name, (result, arguments) in ENTRY_POINTS.items():
-            function = getattr(self._dll, name)
+            function = getattr(self._unlocked if name in WITHOUT_LOCK else self._dll, name)
             function.restype, function.argtypes = result, arguments
             setattr(self, name.removeprefix("mxn_"), function)
 
@@ -60,7 +66,7 @@ def load_library(isa: str | None = None) -> Library:
 
 
 class Workspace:
-    """Threads and scratch memory for one caller at a time (the interpreter lock, held during calls, sees to that).
+    """Threads and scratch memory for one caller at a time; further callers wait.
 
     Its threads run only while an op does and fall asleep 100 us later; ops that alternate should share one: `shared`.
     """

@@ -1,4 +1,4 @@
-"""Paged attention on the kernels of `mxn_kernels`; with runner/quantise.py the only importer of that package."""
+"""Paged attention on the kernels of `mxn_kernels`, which only this, quantisation and the step program import."""
 
 from __future__ import annotations
 

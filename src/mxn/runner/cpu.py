@@ -13,10 +13,13 @@ from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.errors import ConfigError, KernelUnavailableError, OutOfMemoryError
 from mxn.runner.attention_check import disagreement
 from mxn.runner.loading import LoadProgress, check_weight_files, count_weights
-from mxn.runner.torch_runner import LoadPlan, TorchRunner, load_runner
+from mxn.runner.torch_runner import ForwardFactory, LoadPlan, TorchRunner, load_runner, module_forward
 
 QUANTISATIONS = ("auto", "int8", "bf16", "fp32")
 ATTENTIONS = ("auto", "cpu-cpp", "reference")
+OPTIONS = {"program": ("auto", "modules", "step")}
+"""How a step is computed: as one C++ program, by transformers' modules, or the first if it agrees with the second."""
+
 _GIB = 2**30
 _KV_SHARE = 0.5
 """Of the free memory for an "auto" KV cache; the rest is for activations, the page cache and other processes."""
@@ -83,10 +86,25 @@ def _plan(model: Model, settings: LoadSettings, threads: int, free_bytes: Callab
         make_attention=make_attention,
         block_bytes=block_bytes,
         quantise=partial(_quantise, threads=threads) if quantisation == "int8" else None,
+        make_forward=_program(settings, quantisation, attention),
         free_bytes=lambda: int(free_bytes() * _KV_SHARE),
         threads=threads,
         notes=tuple(notes),
     )
+
+
+def _program(settings: LoadSettings, quantisation: str, attention: str) -> ForwardFactory:
+    """How a step is computed: the option "program", "auto" unless set."""
+    wanted = dict(settings.options).get("program", "auto")
+    if (quantisation, attention) == ("int8", "cpu-cpp"):
+        from mxn.runner.program import choose_program
+
+        return partial(choose_program, wanted=wanted)
+    if wanted == "step":
+        raise ConfigError(
+            f'program "step" needs quantisation int8 and attention cpu-cpp, got {quantisation} and {attention}'
+        )
+    return module_forward
 
 
 def _note_on_numbers(settings: LoadSettings, quantisation: str, missing: str | None) -> str:
@@ -123,8 +141,11 @@ def _check_settings(settings: LoadSettings) -> None:
             raise ConfigError(f'{name} "{found}" is not offered by the cpu backend; available: {", ".join(available)}')
     if settings.threads is not None and settings.threads < 1:
         raise ConfigError(f"threads must be at least 1, got {settings.threads}")
-    if settings.options:
-        raise ConfigError(f"the cpu backend has no options, got {', '.join(name for name, _ in settings.options)}")
+    for name, value in settings.options:
+        if name not in OPTIONS:
+            raise ConfigError(f'the cpu backend has no option "{name}"; available: {", ".join(OPTIONS)}')
+        if value not in OPTIONS[name]:
+            raise ConfigError(f'{name} "{value}" is not offered; available: {", ".join(OPTIONS[name])}')
 
 
 def _fits(model: Model, dtype: torch.dtype, free: int) -> bool:

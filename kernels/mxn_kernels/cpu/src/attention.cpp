@@ -2,18 +2,10 @@
 // sequence by its own length: one new token goes the decode way, more go the prefill way, whatever its neighbours do.
 #include <algorithm>
 #include <new>
-#include <vector>
 
 #include "attention.h"
 
-struct Fault {
-    int32_t kind, index, found, limit;
-};
-
-enum FaultKind { FINE, BAD_QUERY_STARTS, BAD_CONTEXT, BAD_BLOCK, BAD_SLOT, NO_MEMORY };
-
-// Everything that is used as an index is checked here, so nothing below can reach outside the cache.
-static Fault check(const Batch& batch, const LayerCache& cache) {
+Fault check(const Batch& batch, const LayerCache& cache) {
     const int32_t* starts = batch.query_starts;
     if (starts[0] != 0) return {BAD_QUERY_STARTS, 0, starts[0], 0};
     if (starts[batch.num_seqs] != batch.num_tokens) return {BAD_QUERY_STARTS, batch.num_seqs, starts[batch.num_seqs], batch.num_tokens};
@@ -36,7 +28,7 @@ static Fault check(const Batch& batch, const LayerCache& cache) {
     return {FINE, 0, 0, 0};
 }
 
-static void write_token(const Call& call, int64_t token) {
+void write_token(const Call& call, int64_t token) {
     const LayerCache& cache = call.cache;
     int slot = call.batch.slot_mapping[token];
     if (slot < 0) return;
@@ -59,33 +51,43 @@ static void write_token(const Call& call, int64_t token) {
     }
 }
 
-// The work of a call, kept between calls only for its memory.
-struct Plan {
-    std::vector<PrefillUnit> prefill;
-    std::vector<DecodeUnit> decode;
-    std::vector<DecodeUnit> merges;  // chunk holds the number of chunks, partial the first of them
-    int num_partials;
-
-    void make(const Call& call) {
-        prefill.clear(), decode.clear(), merges.clear();
-        num_partials = 0;
-        int step = prefill_tokens(call), heads = call.cache.num_kv_heads;
-        for (int s = 0; s < call.batch.num_seqs; s++) {
-            int queries = call.query_len(s);
-            if (queries == 1) {
-                int first = first_chunk(call, s), count = last_chunk(call, s) - first + 1;
-                for (int h = 0; h < heads; h++) {
-                    if (count > 1) merges.push_back({s, h, count, num_partials});
-                    for (int c = 0; c < count; c++) decode.push_back({s, h, first + c, count > 1 ? num_partials++ : -1});
-                }
-            } else {
-                // Later tiles see more keys: the longest work is handed out first.
-                for (int t = (queries - 1) / step * step; t >= 0; t -= step)
-                    for (int h = 0; h < heads; h++) prefill.push_back({s, h, t, std::min(t + step, queries)});
+void Plan::make(const Call& call) {
+    prefill.clear(), decode.clear(), merges.clear();
+    num_partials = 0;
+    int step = prefill_tokens(call), heads = call.cache.num_kv_heads;
+    for (int s = 0; s < call.batch.num_seqs; s++) {
+        int queries = call.query_len(s);
+        if (queries == 1) {
+            int first = first_chunk(call, s), count = last_chunk(call, s) - first + 1;
+            for (int h = 0; h < heads; h++) {
+                if (count > 1) merges.push_back({s, h, count, num_partials});
+                for (int c = 0; c < count; c++) decode.push_back({s, h, first + c, count > 1 ? num_partials++ : -1});
             }
+        } else {
+            // Later tiles see more keys: the longest work is handed out first.
+            for (int t = (queries - 1) / step * step; t >= 0; t -= step)
+                for (int h = 0; h < heads; h++) prefill.push_back({s, h, t, std::min(t + step, queries)});
         }
     }
-};
+}
+
+size_t Plan::scratch_bytes(const Call& call) const {
+    size_t bytes = prefill.empty() ? 0 : prefill_scratch_bytes(call);
+    return decode.empty() ? bytes : std::max(bytes, decode_scratch_bytes(call));
+}
+
+size_t Plan::partials_bytes(const Call& call) const { return sizeof(float) * num_partials * partial_floats(call); }
+
+void Plan::attend(const Call& call, long unit, char* scratch, float* partials) const {
+    long prefills = (long)prefill.size();
+    if (unit < prefills) prefill_tile(call, prefill[unit], scratch);
+    else decode_chunk(call, decode[unit - prefills], scratch, partials);
+}
+
+void Plan::merge(const Call& call, long unit, float* partials) const {
+    const DecodeUnit& m = merges[unit];
+    merge_chunks(call, m.seq, m.head, m.partial, m.chunk, partials);
+}
 
 // Multiply-adds below which a second thread does not pay for its waking.
 constexpr int64_t SERIAL_WORK = 1 << 16;
@@ -100,6 +102,7 @@ extern "C" int mxn_paged_attention(Workspace* space, Plan* plan, const LayerCach
     *fault = check(*batch, *cache);
     if (fault->kind != FINE) return fault->kind;
     if (batch->num_tokens == 0) return FINE;
+    Turn turn(space);
     plan->make(call);
 
     int64_t written = (int64_t)batch->num_tokens * cache->num_kv_heads * (cache->key_dim + cache->value_dim);
@@ -107,12 +110,10 @@ extern "C" int mxn_paged_attention(Workspace* space, Plan* plan, const LayerCach
     for (int s = 0; s < batch->num_seqs; s++)
         work += (int64_t)call.query_len(s) * call.context(s) * in->num_heads * (cache->key_dim + cache->value_dim);
     bool alone = work < SERIAL_WORK;
-    size_t scratch = 0;
-    if (!plan->prefill.empty()) scratch = prefill_scratch_bytes(call);
-    if (!plan->decode.empty()) scratch = std::max(scratch, decode_scratch_bytes(call));
+    size_t scratch = plan->scratch_bytes(call);
     for (Arena& own : space->own)
         if (!own.reserve(scratch)) return (fault->kind = NO_MEMORY);
-    if (!space->shared.reserve(sizeof(float) * plan->num_partials * partial_floats(call))) return (fault->kind = NO_MEMORY);
+    if (!space->shared.reserve(plan->partials_bytes(call))) return (fault->kind = NO_MEMORY);
     float* partials = (float*)space->shared.base;
 
     // A few tokens are written faster than threads can meet. Either way every write is done before any read.
@@ -121,20 +122,14 @@ extern "C" int mxn_paged_attention(Workspace* space, Plan* plan, const LayerCach
         for (int64_t t = 0; t < batch->num_tokens; t++) write_token(call, t);
         write_items = 0;
     }
-    size_t prefills = plan->prefill.size();
-    const long items[Team::MAX_PHASES] = {write_items, (long)(prefills + plan->decode.size()), (long)plan->merges.size()};
-    space->team.run(items, alone, [&](int phase, long i, int thread) {
+    const long items[] = {write_items, plan->num_units(), (long)plan->merges.size()};
+    space->team.run(items, 3, alone, [&](int phase, long i, int thread) {
         FlushDenormals guard;
         if (phase == 0) {
             int64_t last = std::min<int64_t>((i + 1) * TOKENS_PER_ITEM, batch->num_tokens);
             for (int64_t t = i * TOKENS_PER_ITEM; t < last; t++) write_token(call, t);
-        } else if (phase == 1) {
-            if (i < (long)prefills) prefill_tile(call, plan->prefill[i], space->own[thread].base);
-            else decode_chunk(call, plan->decode[i - prefills], space->own[thread].base, partials);
-        } else {
-            const DecodeUnit& m = plan->merges[i];
-            merge_chunks(call, m.seq, m.head, m.partial, m.chunk, partials);
-        }
+        } else if (phase == 1) plan->attend(call, i, space->own[thread].base, partials);
+        else plan->merge(call, i, partials);
     });
     return FINE;
 }

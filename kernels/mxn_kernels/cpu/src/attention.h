@@ -1,6 +1,7 @@
 // What the parts of paged attention share: the cache, the batch, one call's operands. See attention.cpp for the way of a call.
 #pragma once
 #include <stdint.h>
+#include <vector>
 
 #include "simd.h"
 #include "workspace.h"
@@ -110,3 +111,31 @@ struct PrefillUnit {
 int prefill_tokens(const Call& call);  // queries per unit
 size_t prefill_scratch_bytes(const Call& call);
 void prefill_tile(const Call& call, const PrefillUnit& unit, char* scratch);
+
+// ---------------------------------------------------------------- a call
+
+struct Fault {
+    int32_t kind, index, found, limit;
+};
+
+enum FaultKind { FINE, BAD_QUERY_STARTS, BAD_CONTEXT, BAD_BLOCK, BAD_SLOT, NO_MEMORY, BAD_TOKEN, BAD_POSITION, BAD_ROW };
+
+// Looks at everything that is used as an index, so that nothing reaches outside the cache.
+Fault check(const Batch& batch, const LayerCache& cache);
+
+void write_token(const Call& call, int64_t token);
+
+// The work of a call, kept between calls only for its memory. It depends on shapes and the window, not on operands.
+struct Plan {
+    std::vector<PrefillUnit> prefill;
+    std::vector<DecodeUnit> decode;
+    std::vector<DecodeUnit> merges;  // chunk holds the number of chunks, partial the first of them
+    int num_partials = 0;
+
+    void make(const Call& call);
+    size_t scratch_bytes(const Call& call) const;  // of each thread
+    size_t partials_bytes(const Call& call) const;  // of all
+    long num_units() const { return (long)(prefill.size() + decode.size()); }
+    void attend(const Call& call, long unit, char* scratch, float* partials) const;
+    void merge(const Call& call, long unit, float* partials) const;
+};

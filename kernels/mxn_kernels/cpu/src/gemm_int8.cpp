@@ -3,19 +3,17 @@
 // Weights are kept unsigned, w + 128, because the dot-product instruction multiplies unsigned by signed; the surplus 128 * sum(x) is
 // one number per row. Sums are exact in int32, so a row's result does not depend on which rows it is computed with.
 // A row that holds NaN or infinity gets a NaN scale and zero inputs: its outputs are NaN and nothing else changes.
+#include "gemm_int8.h"
+
 #include <math.h>
 #include <string.h>
 #include <algorithm>
 #include <atomic>
 
 #include "simd.h"
-#include "workspace.h"
 
-constexpr int PANEL = 32;            // output channels per panel: [n / 32][k / 4][32][4]
-constexpr int DEPTH_STEP = 16;       // inputs are padded to a multiple of this
 constexpr int PREFETCH_BYTES = 2048;
-constexpr float SMALLEST = 1e-30f;   // below this a row counts as zero: 127 / max would overflow
-constexpr int ROWS_PER_ITEM = 8;      // rows that a thread quantises at a time
+constexpr float SMALLEST = 1e-30f;  // below this a row counts as zero: 127 / max would overflow
 constexpr uint32_t INFINITY_BITS = 0x7f800000;
 
 // ---------------------------------------------------------------- integer vectors
@@ -99,13 +97,7 @@ MXN_INLINE int32_t sum_i(__m256i v) {
 }
 #endif
 
-struct Activations {
-    int8_t* values;       // [rows][depth], zero beyond k
-    float* scales;        // [rows]
-    int32_t* surplus;     // [rows]: what the weights' offset adds to every sum of the row
-};
-
-static void quantise_row(const float* x, int k, int64_t row, int depth, const Activations& to) {
+void quantise_row(const float* x, int k, int64_t row, int depth, const Activations& to) {
     int tail = k % LANES, whole = k - tail;
     VecI bits = zero_i();
     for (int i = 0; i < whole; i += LANES) bits = max_bits(bits, load16(x + i));
@@ -131,21 +123,19 @@ static void quantise_row(const float* x, int k, int64_t row, int depth, const Ac
 
 // ---------------------------------------------------------------- the product
 
-struct Int8Weight {
-    const uint8_t* panels;
-    const float* scales;  // one per channel, padded to whole panels
-    const float* bias;    // likewise; zeros if the layer has none
-    int32_t n, k;
-};
+MXN_INLINE Vec16 silu(Vec16 x) { return div(x, add(set16(1.f), exp(sub(zero16(), x)))); }
+MXN_INLINE Vec16 gelu_tanh(Vec16 x) {
+    Vec16 inner = mul(mul(x, set16(0.797884561f)), fma(mul(x, x), set16(0.044715f), set16(1.f)));
+    return mul(mul(x, set16(.5f)), add(set16(1.f), tanh(inner)));
+}
 
-// Turns the exact sums of one row and panel into floats and writes the panel's real columns.
+// Turns the exact sums of one row and panel into floats and combines them with the panel's real columns of the target.
 struct Epilogue {
     const float* row_scales;
     const int32_t* row_surplus;
     const float* column_scales;
     const float* bias;
-    float* y;
-    int64_t ldy;
+    Target to;
     int columns;
 
 #if MXN_AVX512
@@ -164,21 +154,28 @@ struct Epilogue {
 #endif
     MXN_INLINE_MEMBER void write(int64_t row, int column, Vec16 sum) const {
         Vec16 value = fma(mul(sum, set16(row_scales[row])), load16(column_scales + column), load16(bias + column));
-        float* to = y + row * ldy + column;
-        if (columns >= column + LANES) store16(to, value);
-        else if (columns > column) store16(to, columns - column, value);
+        float* y = to.y + row * to.ldy + column;
+        int n = columns - column;
+        if (n >= LANES) store16(y, to.combine == STORE ? value : combined(load16(y), value));
+        else if (n > 0) store16(y, n, to.combine == STORE ? value : combined(load16(y, n), value));
+    }
+    MXN_INLINE_MEMBER Vec16 combined(Vec16 before, Vec16 value) const {
+        if (to.combine == ADD) return add(before, mul(value, set16(to.factor)));
+        return mul(to.combine == SILU_TIMES ? silu(before) : gelu_tanh(before), value);
     }
 };
 
 typedef void Tile(const int8_t* a, int64_t lda, const uint8_t* w, int64_t depth, const Epilogue& out, int64_t row);
 #include "gemm_tiles.inc"
 
-// Rows [first, last) times panels [p0, p1). Rows are cut into tiles of nearly equal height: 32 is 11 + 11 + 10.
-static void multiply(const Int8Weight& w, const Activations& x, int depth, int64_t first, int64_t last, int p0, int p1, float* y) {
-    int tiles = (last - first + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+// Rows are cut into tiles of nearly equal height: 32 is 11 + 11 + 10.
+void multiply(const Int8Weight& w, const Activations& x, int64_t first, int64_t last, int p0, int p1, const Target& to) {
+    int depth = w.depth(), tiles = (last - first + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
     for (int p = p0; p < p1; p++) {
         const uint8_t* panel = w.panels + (int64_t)p * PANEL * depth;
-        Epilogue out{x.scales, x.surplus, w.scales + p * PANEL, w.bias + p * PANEL, y + p * PANEL, w.n, w.n - p * PANEL};
+        Target columns = to;
+        columns.y += p * PANEL;
+        Epilogue out{x.scales, x.surplus, w.scales + p * PANEL, w.bias + p * PANEL, columns, w.n - p * PANEL};
         for (int t = 0; t < tiles; t++) {
             Share rows(last - first, t, tiles);
             int64_t row = first + rows.first;
@@ -187,33 +184,27 @@ static void multiply(const Int8Weight& w, const Activations& x, int depth, int64
     }
 }
 
-// How a product is divided. Weights of a panel are read once per row block, whose activations stay in the second-level cache.
-struct Division {
-    int64_t row_block, row_blocks, groups;
-    int threads;
-    bool quantise_alone;  // each thread quantises all rows for itself: cheaper than waiting for the others
-
-    Division(int64_t rows, int panels, int depth, int max_threads) {
-        int64_t work = (int64_t)panels * PANEL * depth * (1 + rows / 8);
-        threads = work < 65536 ? 1 : max_threads;
-        if (threads > panels) threads = panels;
-        quantise_alone = threads == 1 || rows * depth <= 4096;
-        row_block = 393216 / depth / MAX_TILE_ROWS * MAX_TILE_ROWS;
-        if (row_block < 48) row_block = 48;
-        row_blocks = (rows + row_block - 1) / row_block;
-        // Large products are handed out in small pieces, so that a core lost to a neighbour does not hold up the other.
-        groups = threads == 1 ? 1 : work < (4 << 20) ? threads : threads * 8;
-        if (groups > panels) groups = panels;
-    }
-};
+Division::Division(int64_t rows, int panels, int depth, int max_threads) {
+    int64_t work = (int64_t)panels * PANEL * depth * (1 + rows / 8);
+    threads = work < 65536 ? 1 : max_threads;
+    if (threads > panels) threads = panels;
+    quantise_alone = threads == 1 || rows * depth <= 4096;
+    int64_t row_block = 393216 / depth / MAX_TILE_ROWS * MAX_TILE_ROWS;
+    if (row_block < 48) row_block = 48;
+    row_blocks = (rows + row_block - 1) / row_block;
+    // Large products are handed out in small pieces, so that a core lost to a neighbour does not hold up the other.
+    groups = threads == 1 ? 1 : work < (4 << 20) ? threads : threads * 8;
+    if (groups > panels) groups = panels;
+}
 
 extern "C" int mxn_int8_linear(Workspace* space, const Int8Weight* w, const float* x, int64_t rows, float* y) {
     if (rows == 0) return 0;
-    int depth = round_up(w->k, DEPTH_STEP), panels = (w->n + PANEL - 1) / PANEL;
+    Turn turn(space);
+    int depth = w->depth(), panels = w->num_panels();
     Division division(rows, panels, depth, space->threads());
     auto lay_out = [&](char* base, Activations* to) {
         Layout layout{base};
-        *to = {layout.take<int8_t>(rows * depth), layout.take<float>(rows), layout.take<int32_t>(rows)};
+        *to = Activations::take(layout, rows, depth);
         return layout.used;
     };
     Activations common;
@@ -227,8 +218,8 @@ extern "C" int mxn_int8_linear(Workspace* space, const Int8Weight* w, const floa
     // Phase 0 quantises rows, phase 1 multiplies. A thread that quantises alone does so before its first item.
     std::vector<char> ready(division.quantise_alone ? division.threads : 0);
     const long quantise_items = division.quantise_alone ? 0 : (rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM;
-    const long items[Team::MAX_PHASES] = {quantise_items, division.row_blocks * division.groups, 0};
-    space->team.run(items, division.threads == 1, [&](int phase, long item, int thread) {
+    const long items[] = {quantise_items, division.items()};
+    space->team.run(items, 2, division.threads == 1, [&](int phase, long item, int thread) {
         FlushDenormals guard;
         if (phase == 0) {
             int64_t last = std::min((item + 1) * ROWS_PER_ITEM, rows);
@@ -243,7 +234,7 @@ extern "C" int mxn_int8_linear(Workspace* space, const Int8Weight* w, const floa
             ready[thread] = 1;
         }
         Share block(rows, item / division.groups, division.row_blocks), group(panels, item % division.groups, division.groups);
-        multiply(*w, input, depth, block.first, block.last, group.first, group.last, y);
+        multiply(*w, input, block.first, block.last, group.first, group.last, {y, w->n});
     });
     return 0;
 }
@@ -252,10 +243,11 @@ extern "C" int mxn_int8_linear(Workspace* space, const Int8Weight* w, const floa
 
 // Packs rows of a float matrix into panels. Returns -1, or the first row that holds NaN or infinity.
 extern "C" int64_t mxn_pack_int8(Workspace* space, const float* weight, int64_t n, int64_t k, uint8_t* panels, float* scales) {
-    int64_t depth = (k + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP, count = (n + PANEL - 1) / PANEL;
+    int64_t depth = (k + DEPTH_STEP - 1) / DEPTH_STEP * DEPTH_STEP;
+    long count = (n + PANEL - 1) / PANEL;
     std::atomic<int64_t> bad{n};
-    const long items[Team::MAX_PHASES] = {count, 0, 0};
-    space->team.run(items, false, [&](int, long p, int) {
+    Turn turn(space);
+    space->team.run(&count, 1, false, [&](int, long p, int) {
         uint8_t* panel = panels + p * PANEL * depth;
         memset(panel, 128, PANEL * depth);
         for (int c = 0; c < PANEL; c++) {
@@ -286,4 +278,6 @@ extern "C" int64_t mxn_pack_int8(Workspace* space, const float* weight, int64_t 
 }
 
 extern "C" Workspace* mxn_workspace_create(int threads) { return new (std::nothrow) Workspace(threads); }
-extern "C" void mxn_workspace_destroy(Workspace* space) { delete space; }
+extern "C" void mxn_workspace_destroy(Workspace* space) {
+    if (!space->team.lost_threads()) delete space;  // threads that are not there cannot be waited for
+}

@@ -1,10 +1,11 @@
-// Root-mean-square normalisation of rows: y = x / sqrt(mean(x^2) + eps) * (weight + offset).
+#include "norm.h"
+
 #include <math.h>
 
 #include "simd.h"
 #include "workspace.h"
 
-static void rms_norm_row(const float* x, const float* weight, int width, float eps, float offset, float* y) {
+void rms_norm_row(const float* x, const float* weight, int width, float eps, float offset, float* y) {
     FlushDenormals guard;
     Vec16 sum = zero16();
     int tail = width % LANES, whole = width - tail;
@@ -25,8 +26,8 @@ constexpr int64_t SERIAL_VALUES = 65536;  // below this a second thread costs mo
 
 extern "C" void mxn_rms_norm(Workspace* space, const float* x, const float* weight, int64_t rows, int width, float eps, float offset, float* y) {
     long parts = rows * width < SERIAL_VALUES ? 1 : space->threads() * 4;
-    const long items[Team::MAX_PHASES] = {parts, 0, 0};
-    space->team.run(items, parts == 1, [&](int, long item, int) {
+    Turn turn(space);
+    space->team.run(&parts, 1, parts == 1, [&](int, long item, int) {
         Share mine(rows, item, parts);
         for (long r = mine.first; r < mine.last; r++) rms_norm_row(x + r * width, weight, width, eps, offset, y + r * width);
     });

@@ -1,14 +1,16 @@
 // A team of threads for work of a few microseconds to milliseconds, on cores that others use too.
 //
-// Work comes as phases of numbered items which threads claim one by one. The caller always works itself and waits only for items that
+// Work comes as any number of phases of numbered items which threads claim one by one. The caller always works itself and waits only for items that
 // somebody has begun: a thread that sleeps, or that the system keeps from running, is not waited for. (With OpenMP one busy
 // neighbour made a step twenty times slower: the caller spun for a thread that could not run.)
 #pragma once
 #include <immintrin.h>
+#include <pthread.h>
 #include <sched.h>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -17,9 +19,7 @@ constexpr size_t CACHE_LINE = 64;
 
 class Team {
    public:
-    static constexpr int MAX_PHASES = 3;
-
-    explicit Team(int size) {
+    explicit Team(int size) : forks_before(forks()) {
         try {
             for (int i = 1; i < size; i++) threads.emplace_back(&Team::serve, this, i);
         } catch (...) {  // no more threads to be had: work with those that started
@@ -34,17 +34,27 @@ class Team {
 
     int size() const { return (int)threads.size() + 1; }
 
+    // A fork copies the team but not its threads: the copy works alone, and must not be destroyed.
+    bool lost_threads() const { return forks() != forks_before; }
+
     // Calls work(phase, item, thread) for every item below items[phase], phase after phase: all of one before any of the next.
-    template <class Work> void run(const long (&items)[MAX_PHASES], bool alone, const Work& work) {
-        if (alone || threads.empty()) {
-            for (int p = 0; p < MAX_PHASES; p++)
+    // The work must not throw.
+    template <class Work> void run(const long* items, int count, bool alone, const Work& work) {
+        if (alone || threads.empty() || lost_threads()) {
+            for (int p = 0; p < count; p++)
                 for (long i = 0; i < items[p]; i++) work(p, i, 0);
             return;
         }
-        for (int p = 0; p < MAX_PHASES; p++) {
+        if (count > capacity) {  // nobody is inside, so nobody holds the old ones
+            phases.reset(new Phase[count]);
+            capacity = count;
+        }
+        num_phases = 0;
+        for (int p = 0; p < count; p++) {
             phases[p].items = items[p];
             phases[p].claimed.store(0, std::memory_order_relaxed);
             phases[p].done.store(0, std::memory_order_relaxed);
+            if (items[p]) num_phases = p + 1;
         }
         context = &work;
         call = [](const void* w, int phase, long item, int thread) { (*(const Work*)w)(phase, item, thread); };
@@ -67,7 +77,8 @@ class Team {
         long items = 0;
     };
 
-    Phase phases[MAX_PHASES];
+    std::unique_ptr<Phase[]> phases;
+    int capacity = 0, num_phases = 0;
     const void* context = nullptr;
     void (*call)(const void*, int, long, int) = nullptr;
     alignas(CACHE_LINE) std::atomic<unsigned> gate{0};
@@ -77,6 +88,14 @@ class Team {
     std::mutex mutex;
     std::condition_variable bell;
     std::vector<std::thread> threads;
+    const int forks_before;
+
+    static int forks() {
+        static std::atomic<int> count{0};
+        static const int watched = pthread_atfork(nullptr, nullptr, [] { count.fetch_add(1); });
+        (void)watched;
+        return count.load(std::memory_order_relaxed);
+    }
 
     static void pause(int* spins) {
         _mm_pause();
@@ -84,15 +103,16 @@ class Team {
     }
 
     void take_part(int thread) {
-        for (int p = 0; p < MAX_PHASES; p++) {
+        for (int p = 0; p < num_phases; p++) {
             Phase& phase = phases[p];
             if (phase.items == 0) continue;
             long finished = 0;
-            for (long i; (i = phase.claimed.fetch_add(1, std::memory_order_relaxed)) < phase.items; finished++) call(context, p, i, thread);
-            bool last = true;
-            for (int q = p + 1; q < MAX_PHASES; q++) last &= phases[q].items == 0;
-            if (last) return;
-            phase.done.fetch_add(finished, std::memory_order_acq_rel);
+            for (long i; phase.claimed.load(std::memory_order_relaxed) < phase.items &&
+                         (i = phase.claimed.fetch_add(1, std::memory_order_relaxed)) < phase.items;
+                 finished++)
+                call(context, p, i, thread);
+            if (p + 1 == num_phases) return;
+            if (finished) phase.done.fetch_add(finished, std::memory_order_acq_rel);
             for (int spins = 0; phase.done.load(std::memory_order_acquire) < phase.items;) pause(&spins);
         }
     }

@@ -1,7 +1,7 @@
 // What one caller computes with: a team of threads, and scratch memory for each of them and for all.
 //
 // Every call lays out its arenas anew from the start, so nothing is carried from one operation to the next, and calls with the same
-// workspace must not overlap. Arenas only grow.
+// workspace wait for each other (`Turn`). Arenas only grow.
 #pragma once
 #include <stddef.h>
 #include <stdlib.h>
@@ -40,6 +40,7 @@ struct Layout {
 };
 
 struct Workspace {
+    std::mutex mutex;
     Team team;
     Arena shared;
     std::vector<Arena> own;
@@ -50,6 +51,14 @@ struct Workspace {
         for (Arena& a : own) free(a.base);
     }
     int threads() const { return team.size(); }
+};
+
+// Held by every operation while it uses the workspace. After a fork the lock may belong to a thread that is not there any more.
+struct Turn {
+    std::unique_lock<std::mutex> lock;
+    explicit Turn(Workspace* space) : lock(space->mutex, std::defer_lock) {
+        if (!space->team.lost_threads()) lock.lock();
+    }
 };
 
 // The part [first, last) of `total` that falls to `index` of `parts`.

@@ -1,0 +1,54 @@
+// A decoder as the step program sees it: plain pointers and numbers, laid out by cpu_step.py field for field.
+#pragma once
+#include <stdint.h>
+
+#include "attention.h"
+#include "gemm_int8.h"
+
+struct Norm {
+    const float* weight;  // null: the norm is not there
+    int32_t width;        // what one normalisation spans: the hidden size, a head, or all heads
+    float eps, offset;
+};
+
+struct Rotation {
+    const float *cos, *sin;  // [positions][dims / 2]; null: no rotation
+    int32_t dims;            // the first dims of each head are rotated, in halves
+    int32_t positions;
+};
+
+constexpr int MAX_QKV = 3;
+
+struct Layer {
+    Norm before_attention, query_norm, key_norm, after_attention, before_mlp, after_mlp;
+    const Int8Weight* qkv[MAX_QKV];  // q, k and v, or all in one; the rest null
+    const Int8Weight *out, *gate, *up, *down;
+    const LayerCache* cache;
+    const float* sinks;  // null: none
+    Rotation rotation;
+    int32_t num_heads, window;  // window 0: no limit
+    float scaling, softcap;     // softcap 0: none
+    float residual_factor;
+    int32_t activation;         // SILU_TIMES or GELU_TANH_TIMES
+};
+
+struct Decoder {
+    const Layer* layers;
+    const float* embedding;
+    const Int8Weight* head;
+    Norm final_norm;
+    int32_t num_layers, hidden_size, vocab_size;
+    float embedding_scale, logit_factor, logit_softcap;  // softcap 0: none
+};
+
+// One call: from token ids (or hidden states, for checks) through layers [first_layer, last_layer) to logits of some rows.
+struct StepInput {
+    const int64_t* token_ids;  // null: begin with `hidden`
+    const float* hidden;
+    const int64_t* positions;
+    const Batch* batch;
+    const int64_t* logit_rows;
+    float* logits;      // [num_logit_rows][vocab_size]
+    float* hidden_out;  // null, or [tokens][hidden_size] after the last layer
+    int32_t num_logit_rows, first_layer, last_layer;
+};

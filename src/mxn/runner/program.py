@@ -1,0 +1,143 @@
+"""The step program: a recognised int8 decoder computed in one C++ call per step instead of module by module.
+
+What is compared before it is used: the quantised modules run two small steps (two prompts; then a chunk, a decode and a
+new sequence) on the real weights and the real cache, and every part of the program (embedding, each layer, final norm
+with head) gets the very inputs its counterpart got and must give the same. Both sides quantise alike, so right programs
+differ only where a last bit tips a rounding. How far the quantised modules are from float32 is `quantise`'s check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from mxn_kernels.cpu_step import DecoderStep
+from mxn_kernels.paged_attention import PagedBatch
+from transformers import PreTrainedModel
+
+from mxn.attention.base import AttentionBackend
+from mxn.attention.paged import PagedCpuAttention
+from mxn.core.batch import SequenceStep, StepBatch
+from mxn.core.request import SamplingParams
+from mxn.errors import OutOfMemoryError, UnsupportedModelError
+from mxn.runner.forward import ForwardProgram, ModuleForward
+from mxn.runner.inputs import StepInputs, build_inputs
+from mxn.runner.recognise import NotRecognised, Observation, observe, recognise
+from mxn.store.spec import spec_from_config
+
+MAX_ERROR = 0.01
+"""Largest relative error (2-norm) of a layer's change or of the logits. Right programs differ by 1e-7, or by up to 1e-3
+where a few of thousands of values round to another 127th; a wrong flag gives 0.1 and more."""
+
+_STEPS = (((0, 0, 6), (1, 0, 9)), ((0, 6, 3), (1, 9, 1), (2, 0, 2)))
+"""The two steps of the comparison: (sequence, first position, tokens)."""
+
+
+class StepForward:
+    """Runs a recognised decoder in one call per step, without the interpreter lock."""
+
+    name = "step program"
+
+    def __init__(self, step: DecoderStep) -> None:
+        self._step = step
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        try:
+            return self._step(inputs.token_ids[0], inputs.positions[0], _paged(inputs), inputs.logit_rows)
+        except MemoryError as error:
+            raise OutOfMemoryError(str(error)) from error
+
+
+def choose_program(
+    model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None], *, wanted: str
+) -> ForwardProgram:
+    """The step program if the model is recognised and the program agrees with it, else its modules, with the reason.
+
+    Args: wanted: "auto", "modules" or "step". Raises: UnsupportedModelError with the reason when "step" cannot be had.
+    """
+    modules = ModuleForward(model, attention, windows)
+    if wanted == "modules":
+        return modules
+    try:
+        return StepForward(make_step(model, attention, windows))
+    except NotRecognised as reason:
+        if wanted == "step":
+            raise UnsupportedModelError(f"no step program for {type(model).__name__}: {reason}") from reason
+        modules.name = f"{modules.name}; no step program: {reason}"
+        return modules
+
+
+@torch.inference_mode()
+def make_step(model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None]) -> DecoderStep:
+    """Recognises a quantised model and compares. Uses the cache's first blocks, which nobody may hold yet.
+
+    Raises: NotRecognised with the reason.
+    """
+    if not isinstance(attention, PagedCpuAttention):
+        raise NotRecognised(f"it works with attention {PagedCpuAttention.name}, found {attention.name}")
+    if attention.num_blocks <= len(_STEPS):
+        raise NotRecognised(f"the comparison needs {len(_STEPS) + 1} KV blocks, found {attention.num_blocks}")
+    vocab_size = model.get_input_embeddings().num_embeddings
+    num_positions = min(
+        attention.num_blocks * attention.block_size, spec_from_config(model.config.to_dict()).max_context
+    )
+    step: DecoderStep | None = None
+    for number in range(len(_STEPS)):
+        seen = observe(model, attention, windows, _inputs(number, vocab_size, attention.block_size))
+        if step is None:
+            try:
+                step = DecoderStep(recognise(model, attention, seen, num_positions), attention.workspace)
+            except ValueError as error:
+                raise NotRecognised(str(error)) from error
+        compare(step, seen)
+    return step
+
+
+def compare(step: DecoderStep, seen: Observation) -> float:
+    """Every part of the program against what the modules gave for the same input; the largest error.
+
+    Raises: NotRecognised naming the part that differs by more than MAX_ERROR.
+    """
+    inputs = seen.inputs
+    batch, positions = _paged(inputs), inputs.positions[0]
+    embedded = step.embed(inputs.token_ids[0], positions, batch)
+    errors = {"the embedding": _relative_error(embedded, seen.layers[0].hidden_in, 0)}
+    for index, layer in enumerate(seen.layers):
+        found = step.run_layer(index, layer.hidden_in, positions, batch)
+        errors[f"layer {index}"] = _relative_error(found, layer.hidden_out, layer.hidden_in)
+    logits = step.project(seen.layers[-1].hidden_out, positions, batch, inputs.logit_rows)
+    errors["the output head"] = _relative_error(logits, seen.logits, 0)
+    for part, error in errors.items():
+        if not error <= MAX_ERROR:
+            raise NotRecognised(f"{part} computes something else: off by {error:.2g}, expected at most {MAX_ERROR:g}")
+    return max(errors.values())
+
+
+def _inputs(number: int, vocab_size: int, block_size: int) -> StepInputs:
+    """Sequence i has block i; every token's logits are asked for."""
+    generator = torch.Generator().manual_seed(number)
+    sequences = tuple(
+        SequenceStep(
+            seq_id=seq,
+            token_ids=torch.randint(vocab_size, (count,), generator=generator).tolist(),
+            start=start,
+            block_ids=[seq],
+            is_sampled=False,
+            sampling=SamplingParams(num_prompt_logprobs=0),
+            seed=0,
+            num_prompt_tokens=block_size,
+            num_output_tokens=0,
+        )
+        for seq, start, count in _STEPS[number]
+    )
+    return build_inputs(StepBatch(step_id=0, sequences=sequences), block_size, torch.device("cpu"))
+
+
+def _paged(inputs: StepInputs) -> PagedBatch:
+    meta = inputs.attention
+    return PagedBatch(meta.query_starts, meta.context_lens, meta.block_table, meta.slot_mapping)
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor, base: torch.Tensor | int) -> float:
+    found, change = found.double(), expected.double() - base
+    return float((found - expected).norm() / change.norm().clamp(min=1e-30))
