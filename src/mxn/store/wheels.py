@@ -75,7 +75,9 @@ def index_url() -> str | None:
     """The package index pip is set to use, or None when only pip itself can reach it."""
     command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=child_environment())
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env=child_environment({"PIP_QUIET": "0"})
+        )
     except (OSError, subprocess.TimeoutExpired):
         return DEFAULT_INDEX
     settings: dict[str, str] = {}
@@ -238,10 +240,9 @@ def _pip_download(source: WheelSource, folder: Path, report: Callable[[int], Non
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(working / "out"), requirement]
     log = working / "log.txt"
+    environment = child_environment({"TMPDIR": str(working), "PIP_QUIET": "0"})
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=child_environment({"TMPDIR": str(working)})
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
         try:
             while process.poll() is None:
                 report(_bytes_below(working))
