@@ -128,12 +128,13 @@ def test_a_finished_request_is_not_aborted(slow: Running) -> None:
 
 
 def test_gaps_between_tokens_are_observed(slow: Running) -> None:
-    name = 'mxn_inter_token_latency_seconds_bucket{le="0.0025",model="fake-model"}'
+    name = "mxn_inter_token_latency_seconds"
     slow.post("/v1/completions", {"model": "fake-model", "prompt": "x", "max_tokens": 5, "ignore_eos": True})
-    text = slow.http.get("/metrics").text
-    counts = [float(line.split()[1]) for line in text.splitlines() if "inter_token_latency_seconds_count" in line]
-    assert counts[0] >= 4
-    assert f"{name} 0.0" in text  # no gap is shorter than a step
+    samples = dict(line.rsplit(" ", 1) for line in slow.http.get("/metrics").text.splitlines() if line.startswith(name))
+    short = float(samples[f'{name}_bucket{{le="0.0025",model="fake-model"}}'])
+    count = float(samples[f'{name}_count{{model="fake-model"}}'])
+    assert count >= 4
+    assert short < count / 2  # a step takes 10 ms; a busy machine may hand on two at once
 
 
 def test_free_blocks_return_after_many_disconnects(slow: Running) -> None:
