@@ -165,7 +165,7 @@ def test_missing_kernels_are_said_and_survived(saved: Model, monkeypatch: pytest
         ({"quantisation": "int4"}, '"int4" is not offered by the cpu backend; available: auto, int8, bf16, fp32'),
         ({"attention": "flash"}, 'attention "flash" is not offered'),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"options": (("speed", "11"),)}, "has no options, got speed"),
+        ({"options": (("speed", "11"),)}, 'no option "speed"; available: '),
         ({"attention": "cpu-cpp", "block_size": 8}, "multiple of 16, got 8"),
     ],
 )
