@@ -26,8 +26,8 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 512,
     temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; the server's default when left out.", min=0)
-    ] = None,
+        float, typer.Option(help="0 is greedy; 1, the API's default, makes small models ramble.", min=0)
+    ] = 0.2,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Show TTFT and tokens/s after each answer.")] = False,
     api_key: Annotated[str | None, typer.Option(envvar="MXN_API_KEY", help="Key that the server asks for.")] = None,

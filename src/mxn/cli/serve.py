@@ -202,7 +202,8 @@ def _announce(fleet: Fleet, prepared: list[Prepared], url: str, settings: Server
         print_pairs(console, _lines(deployment.info, one))
     first = ready[0][0].name
     key = ' -H "Authorization: Bearer $MXN_API_KEY"' if settings.api_keys else ""
-    body = json.dumps({"model": first, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": first, "temperature": 0, "messages": [question]})
     console.print("\nTry it:", markup=False)
     console.print(
         f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'",
