@@ -128,7 +128,7 @@ async def test_a_template_out_of_bounds_ends_in_two_seconds_while_the_loop_turns
         await beating
     assert caught.value.code == "chat_template_error"
     assert caught.value.status == 400
-    assert longest_s < 0.2
+    assert longest_s < 0.45  # a loop that waited for the template would have stood still for 0.5 s
 
 
 async def test_the_child_is_replaced_after_a_kill_and_the_next_conversation_is_served() -> None:
