@@ -9,9 +9,12 @@ python benchmarks/serving.py --own --url llama=http://127.0.0.1:8080/v1 --url vl
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from mxn.cli.main import main
 
 if __name__ == "__main__":
+    # transformers would take benchmarks/kernels.py for the package "kernels".
+    sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
     sys.argv.insert(1, "bench")
     main()

@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
+# transformers would take benchmarks/kernels.py for the package "kernels".
+sys.path[:] = [path for path in sys.path if path != str(Path(__file__).resolve().parent)]
 
-import mxn.attention.paged as paged
-import mxn.runner.quantise as quantise
-import mxn.runner.torch_runner as torch_runner
-from mxn.backends.registry import load_backend
-from mxn.core.model import LoadSettings
-from mxn.core.request import SamplingParams, SequenceRequest
-from mxn.engine.engine import Engine, EngineSettings
-from mxn.store import fetch
+import torch  # noqa: E402
+
+import mxn.attention.paged as paged  # noqa: E402
+import mxn.runner.quantise as quantise  # noqa: E402
+import mxn.runner.torch_runner as torch_runner  # noqa: E402
+from mxn.backends.registry import load_backend  # noqa: E402
+from mxn.core.model import LoadSettings  # noqa: E402
+from mxn.core.request import SamplingParams, SequenceRequest  # noqa: E402
+from mxn.engine.engine import Engine, EngineSettings  # noqa: E402
+from mxn.store import fetch  # noqa: E402
 
 CASES = (
     ("decode, batch 1", 1, 128),
