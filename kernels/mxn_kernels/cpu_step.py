@@ -111,14 +111,23 @@ class DecoderStep:
         weakref.finalize(self, workspace.library.step_plans_destroy, self._plans)
 
     def __call__(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, batch: PagedBatch, logit_rows: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        batch: PagedBatch,
+        logit_rows: torch.Tensor,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Args: token_ids, positions (T,) and logit_rows (R,): int64, contiguous. Returns: logits (R, vocabulary).
+        """Args: token_ids, positions (T,) and logit_rows (R,): int64, contiguous. out: where logits are written.
+
+        Returns: logits (R, vocabulary), `out` if given.
 
         Writes the tokens' keys and values at the batch's slots. A row depends on its own sequence alone, bit for bit.
         Raises: ValueError on any index outside its table; nothing is written then.
         """
-        logits = torch.empty(logit_rows.shape[0], self.vocab_size)
+        logits = torch.empty(logit_rows.shape[0], self.vocab_size) if out is None else out
+        _check_tensor("out", logits, (logit_rows.shape[0], self.vocab_size))
         self._run(positions, batch, logit_rows, logits, token_ids=token_ids, last_layer=len(self.decoder.layers))
         return logits
 

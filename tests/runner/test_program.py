@@ -22,8 +22,26 @@ from mxn.runner.inputs import build_inputs  # noqa: E402
 pytestmark = pytest.mark.torch
 
 NUM_NEW = 8
-RECOGNISED = {
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+CASES = {
     "llama": {},
+    "llama, scaled rotation": {"rope_parameters": LLAMA3_ROPE},
+    "llama, biases and one KV head": {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1},
+    "llama, wide heads": {"head_dim": 80, "intermediate_size": 100, "hidden_size": 72},
+    "phi3, partial rotation": {"rope_parameters": PARTIAL_ROPE},
+    "gemma3_text, two rotations": {"rope_parameters": GEMMA3_ROPE},
     "qwen2": {},
     "qwen3": {},
     "mistral": {},
@@ -56,11 +74,11 @@ def prompts() -> list[list[int]]:
     return [first, second, third, last]
 
 
-@pytest.mark.parametrize("family", RECOGNISED)
+@pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_equal_those_of_the_modules(
-    family: str, make_model: Callable[..., Any], decode: Callable[..., list[list[int]]], kernels: None
+    case: str, make_model: Callable[..., Any], decode: Callable[..., list[list[int]]], kernels: None
 ) -> None:
-    _, saved = make_model(family, **RECOGNISED[family])
+    _, saved = make_model(case.split(",")[0], **CASES[case])
     modules, step = load(saved, "modules"), load(saved, "step")
     assert modules.notes[-1] == "forward: transformers modules"
     assert step.notes[-1] == "forward: step program"

@@ -117,7 +117,7 @@ def test_the_same_int8_tokens_whatever_else_is_in_the_batch(
 
 def test_step_program_has_the_likelihood_of_the_modules(smollm2: Model, kernels: None) -> None:
     text = "\n\n".join(importlib.import_module(name).__doc__ or "" for name in TEXT_MODULES.split())
-    ids = encode(smollm2.folder, re.sub(r">>>.*|\.\.\. .*", "", text))[:1000]
+    ids = encode(smollm2.folder, re.sub(r">>>.*|\.\.\. .*", "", text))[:2000]
     step, modules = load(smollm2, "int8"), load(smollm2, "int8", options=(("program", "modules"),))
     assert step.notes[-1] == "forward: step program"
     found, expected = mean_nll(step, ids), mean_nll(modules, ids)

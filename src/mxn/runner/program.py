@@ -29,6 +29,8 @@ MAX_ERROR = 0.01
 """Largest relative error (2-norm) of a layer's change or of the logits. Right programs differ by 1e-7, or by up to 1e-3
 where a few of thousands of values round to another 127th; a wrong flag gives 0.1 and more."""
 
+_KEPT_ROWS = 64
+
 _STEPS = (((0, 0, 6), (1, 0, 9)), ((0, 6, 3), (1, 9, 1), (2, 0, 2)))
 """The two steps of the comparison: (sequence, first position, tokens)."""
 
@@ -40,10 +42,14 @@ class StepForward:
 
     def __init__(self, step: DecoderStep) -> None:
         self._step = step
+        # Logits of decode steps go to memory that is kept: new pages for 32 rows would cost a millisecond each step.
+        self._logits = torch.empty(_KEPT_ROWS, step.vocab_size)
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        rows = inputs.logit_rows.shape[0]
+        out = self._logits[:rows] if rows <= _KEPT_ROWS else None
         try:
-            return self._step(inputs.token_ids[0], inputs.positions[0], _paged(inputs), inputs.logit_rows)
+            return self._step(inputs.token_ids[0], inputs.positions[0], _paged(inputs), inputs.logit_rows, out=out)
         except MemoryError as error:
             raise OutOfMemoryError(str(error)) from error
 
