@@ -7,13 +7,12 @@ lies between them (rotation, activation, residuals) is computed in the order in 
 from __future__ import annotations
 
 import ctypes
-import weakref
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from mxn_kernels.cpu.library import Workspace
+from mxn_kernels.cpu.library import Workspace, destroy_with
 from mxn_kernels.int8_linear import Int8Weight
 from mxn_kernels.paged_attention import FAULTS, Fault, LayerCache, PagedBatch
 
@@ -108,7 +107,7 @@ class DecoderStep:
         self._plans = workspace.library.step_plans_create()
         if not self._plans:
             raise MemoryError("no memory for a step program")
-        weakref.finalize(self, workspace.library.step_plans_destroy, self._plans)
+        destroy_with(self, workspace.library.step_plans_destroy, self._plans)
 
     def __call__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -80,8 +81,8 @@ class Workspace:
         self.plan = self.library.plan_create()
         if not self.handle or not self.plan:
             raise MemoryError("no memory for a kernel workspace")
-        weakref.finalize(self, self.library.workspace_destroy, self.handle)
-        weakref.finalize(self, self.library.plan_destroy, self.plan)
+        destroy_with(self, self.library.workspace_destroy, self.handle)
+        destroy_with(self, self.library.plan_destroy, self.plan)
 
     @staticmethod
     def shared(threads: int, isa: str | None = None) -> Workspace:
@@ -92,6 +93,11 @@ class Workspace:
 @cache
 def _shared(threads: int, isa: str) -> Workspace:
     return Workspace(threads, isa)
+
+
+def destroy_with(owner: object, destroy: Callable[[int], None], handle: int) -> None:
+    """Destroys a handle when its owner goes; not at exit, where another thread may still be inside a call with it."""
+    weakref.finalize(owner, destroy, handle).atexit = False
 
 
 _HUGE_PAGE = 2 << 20

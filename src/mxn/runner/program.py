@@ -38,9 +38,9 @@ _STEPS = (((0, 0, 6), (1, 0, 9)), ((0, 6, 3), (1, 9, 1), (2, 0, 2)))
 class StepForward:
     """Runs a recognised decoder in one call per step, without the interpreter lock."""
 
-    name = "step program"
-
-    def __init__(self, step: DecoderStep) -> None:
+    def __init__(self, step: DecoderStep, error: float) -> None:
+        """Args: error: how far it is from the modules, see `compare`."""
+        self.name = f"step program, within {error:.1g} of transformers modules"
         self._step = step
         # Logits of decode steps go to memory that is kept: new pages for 32 rows would cost a millisecond each step.
         self._logits = torch.empty(_KEPT_ROWS, step.vocab_size)
@@ -65,7 +65,7 @@ def choose_program(
     if wanted == "modules":
         return modules
     try:
-        return StepForward(make_step(model, attention, windows))
+        return StepForward(*make_step(model, attention, windows))
     except NotRecognised as reason:
         if wanted == "step":
             raise UnsupportedModelError(f"no step program for {type(model).__name__}: {reason}") from reason
@@ -74,10 +74,12 @@ def choose_program(
 
 
 @torch.inference_mode()
-def make_step(model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None]) -> DecoderStep:
+def make_step(
+    model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None]
+) -> tuple[DecoderStep, float]:
     """Recognises a quantised model and compares. Uses the cache's first blocks, which nobody may hold yet.
 
-    Raises: NotRecognised with the reason.
+    Returns: the program, and the largest error of any part. Raises: NotRecognised with the reason.
     """
     if not isinstance(attention, PagedCpuAttention):
         raise NotRecognised(f"it works with attention {PagedCpuAttention.name}, found {attention.name}")
@@ -87,7 +89,7 @@ def make_step(model: PreTrainedModel, attention: AttentionBackend, windows: Sequ
     num_positions = min(
         attention.num_blocks * attention.block_size, spec_from_config(model.config.to_dict()).max_context
     )
-    step: DecoderStep | None = None
+    step, error = None, 0.0
     for number in range(len(_STEPS)):
         seen = observe(model, attention, windows, _inputs(number, vocab_size, attention.block_size))
         if step is None:
@@ -95,8 +97,8 @@ def make_step(model: PreTrainedModel, attention: AttentionBackend, windows: Sequ
                 step = DecoderStep(recognise(model, attention, seen, num_positions), attention.workspace)
             except ValueError as error:
                 raise NotRecognised(str(error)) from error
-        compare(step, seen)
-    return step
+        error = max(error, compare(step, seen))
+    return step, error
 
 
 def compare(step: DecoderStep, seen: Observation) -> float:
