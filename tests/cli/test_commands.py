@@ -62,7 +62,7 @@ def test_version(mxn: Mxn) -> None:
         (("serve", "a.yaml", "--threads", "1"), 2, ["a.yaml"]),
         (("bench", "--workloads", "W9"), 2, ["W9", "available: W1"]),
         (("bench", "--url", "peer=http://127.0.0.1:1/v1"), 1, ["cannot connect to 127.0.0.1:1"]),
-        (("chat", "--url", "http://127.0.0.1:1/v1", "hi"), 1, ["127.0.0.1:1", "is the server running?"]),
+        (("chat", "--url", "http://127.0.0.1:1/v1", "hi"), 1, ["127.0.0.1:1", "start a server with `mxn serve`"]),
         (("status", "--url", "http://127.0.0.1:1"), 1, ["127.0.0.1:1"]),
         (("models", "pull", "no-such-model"), 1, ["no-such-model"]),
         (("models", "rm", "no-such-model"), 1, ["no-such-model"]),

@@ -24,6 +24,7 @@ _HINTS: tuple[tuple[type[errors.MxnError], str], ...] = (
     (errors.UnsupportedModelError, "choose another model: `mxn models` lists those with cards"),
     (errors.ModelError, "`mxn models` lists what can be served; a hub id, a local folder or a .gguf file work too"),
     (errors.OutOfMemoryError, "give it less: --context, --kv-gib, --quantisation int8, or a smaller model"),
+    (errors.UnavailableError, "start a server with `mxn serve`, or give the address of one that runs with --url"),
     (errors.BackendError, "`mxn chips` shows what is there and why a backend is not; `mxn doctor` checks the set-up"),
 )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mxn.errors import BackendError, MxnError
+from mxn.errors import BackendError, MxnError, UnavailableError
 
 if TYPE_CHECKING:
     import httpx
@@ -48,7 +48,7 @@ def converse(
 ) -> Iterator[str]:
     """The answer's text piece by piece; fills `turn`.
 
-    Raises: MxnError with the server's own message; BackendError when it cannot be reached or breaks off.
+    Raises: MxnError with the server's own message; UnavailableError when it cannot be reached or breaks off.
     """
     import httpx
 
@@ -73,7 +73,7 @@ def converse(
                     raise MxnError(f"the server broke off: {chunk['error'].get('message')}")
                 yield from _text(chunk, turn)
     except httpx.HTTPError as error:
-        raise BackendError(f"{url} cannot be used: {error or type(error).__name__}; is the server running?") from error
+        raise UnavailableError(f"{url} cannot be used: {error or type(error).__name__}") from error
 
 
 def _text(chunk: dict[str, Any], turn: Turn) -> Iterator[str]:
@@ -98,7 +98,7 @@ def http_client(api_key: str | None = None) -> httpx.Client:
 
 
 def get_json(client: httpx.Client, url: str) -> Any:
-    """The JSON at `url`. Raises: BackendError when there is none."""
+    """The JSON at `url`. Raises: UnavailableError or BackendError when there is none."""
     import httpx
 
     try:
@@ -107,7 +107,7 @@ def get_json(client: httpx.Client, url: str) -> Any:
             raise BackendError(f"{url}: {error_text(response.status_code, response.content)}")
         return response.json()
     except (httpx.HTTPError, ValueError) as error:
-        raise BackendError(f"{url} cannot be read: {error or type(error).__name__}; is the server running?") from error
+        raise UnavailableError(f"{url} cannot be read: {error or type(error).__name__}") from error
 
 
 def error_text(status: int, body: bytes) -> str:

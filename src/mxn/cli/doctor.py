@@ -145,7 +145,7 @@ def _kernels() -> Iterator[Finding]:
     if done.returncode == 0:
         yield Finding("cpu kernels", "ok", done.stdout.strip())
     else:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1].rpartition("Error: ")[2]
         yield Finding("cpu kernels", "warn", f"not usable: {last}", "models run on plain torch; install g++ 9 or newer")
 
 

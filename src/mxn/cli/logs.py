@@ -23,4 +23,5 @@ def set_up_logging() -> None:
     handler = logging.StreamHandler(_Stderr())
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(level=log_level().upper(), handlers=[handler])
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its news are told by the command itself
+    for library in ("uvicorn", "httpx"):  # their news are told by the command itself
+        logging.getLogger(library).setLevel(logging.WARNING)
