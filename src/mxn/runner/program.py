@@ -26,8 +26,8 @@ from mxn.runner.recognise import NotRecognised, Observation, observe, recognise
 from mxn.store.spec import spec_from_config
 
 MAX_ERROR = 0.01
-"""Largest relative error (2-norm of a row) of a layer's change or of the logits. Right programs differ by 1e-7, or by up
-to 1e-3 where a few of thousands of values round to another 127th; a wrong flag gives 0.1 and more."""
+"""Largest relative error (2-norm of a row) of a layer's change or of the logits. Right programs differ by 1e-7, or by
+up to 1e-3 where a few of thousands of values round to another 127th; a wrong flag gives 0.1 and more."""
 
 _KEPT_ROWS = 64
 
