@@ -120,3 +120,30 @@ async def test_cancelled_exchange_closes_its_connection() -> None:
     task.cancel()
     await asyncio.wait_for(closed.wait(), 2)
     server.close()
+
+
+async def test_a_kept_connection_that_the_server_drops_unseen_costs_a_new_one_not_a_fault() -> None:
+    served = 0
+
+    async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served
+        await reader.readuntil(b"\r\n\r\n")
+        served += 1
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")  # keep-alive is promised ...
+        await reader.read(1)  # ... and broken when the next request comes
+        writer.close()
+
+    server = await asyncio.start_server(once, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    pool = ConnectionPool(f"http://127.0.0.1:{port}")
+    got: list[bytes] = []
+    for _ in range(3):
+        status = await pool.exchange(
+            "GET", "/", headers={}, body=b"", sink=lambda data, at_s: got.append(data), timeout_s=5
+        )
+        assert status == 200
+    assert b"".join(got) == b"okokok"
+    assert served == 3
+    pool.close()
+    server.close()
+    await server.wait_closed()

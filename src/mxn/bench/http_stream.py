@@ -21,6 +21,10 @@ class TransportError(MxnError):
     """The connection failed or the peer broke HTTP."""
 
 
+class StaleConnectionError(TransportError):
+    """A kept connection was closed by the peer before it saw the request; a new one may be tried."""
+
+
 BodySink = Callable[[bytes, float], None]
 """Called with each piece of body and the time it arrived (perf_counter seconds)."""
 
@@ -38,6 +42,7 @@ class Connection(asyncio.Protocol):
         self._remaining = -1  # bytes left of the body or chunk; -1: in the header or at a chunk's size line
         self._mode = "header"
         self._is_closing = False
+        self._num_exchanges = 0
 
     @property
     def is_usable(self) -> bool:
@@ -55,6 +60,7 @@ class Connection(asyncio.Protocol):
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self._done = asyncio.get_running_loop().create_future()
         self._sink, self._mode, self._remaining = sink, "header", -1
+        self._num_exchanges += 1
         self._transport.write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
         try:
             return await self._done
@@ -76,6 +82,8 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._mode == "until-close":
             self._finish()
+        elif self._mode == "header" and not self._buffer and self._num_exchanges > 1:
+            self._fail("the peer closed a kept connection", StaleConnectionError)
         else:
             self._fail(f"the peer closed the connection in the middle of an answer{f': {exc}' if exc else ''}")
 
@@ -159,10 +167,10 @@ class Connection(asyncio.Protocol):
         if self._done is not None and not self._done.done():
             self._done.set_result(self._status)
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, kind: type[TransportError] = TransportError) -> None:
         self._is_closing = True
         if self._done is not None and not self._done.done():
-            self._done.set_exception(TransportError(f"{self._host}: {reason}"))
+            self._done.set_exception(kind(f"{self._host}: {reason}"))
 
 
 class ConnectionPool:
@@ -183,11 +191,20 @@ class ConnectionPool:
     async def exchange(
         self, method: str, path: str, *, headers: dict[str, str], body: bytes, sink: BodySink, timeout_s: float
     ) -> int:
-        """One request and its answer on a free connection. Raises: TransportError, also after `timeout_s`."""
-        connection = await self._take()
+        """One request and its answer on a free connection. Raises: TransportError, also after `timeout_s`.
+
+        A server may close a kept connection just as it is used again, without having seen the request: then another
+        connection is taken, and the time that cost is part of the exchange.
+        """
         try:
             async with asyncio.timeout(timeout_s):
-                status = await connection.exchange(method, self.path_prefix + path, headers, body, sink)
+                while True:
+                    connection = await self._take()
+                    try:
+                        status = await connection.exchange(method, self.path_prefix + path, headers, body, sink)
+                        break
+                    except StaleConnectionError:
+                        continue  # only a connection that served before can be stale, so this ends
         except TimeoutError as err:
             raise TransportError(f"{self._host}: no complete answer within {timeout_s:g} s") from err
         if connection.is_usable:
