@@ -7,7 +7,7 @@ order, so a draw does not depend on how a kernel divides the row. Tokens are ord
 
     top-k   keeps the k first
     top-p   keeps tokens while those before hold less than p of what top-k left
-    min-p   keeps masses of at least p of the largest
+    min-p   keeps masses of at least p of the largest, which always stays
 
 The draw is the kept token at which the running mass passes u times the kept mass, u from a generator keyed by (seed,
 step): in
@@ -106,7 +106,7 @@ def _draw(logits: torch.Tensor, temperature: float, k: int, p: float, least: flo
     vocab_size = logits.shape[0]
     scale = 1.0 / torch.tensor(max(temperature, MIN_TEMPERATURE), dtype=torch.float32, device=logits.device)
     masses = (torch.exp((logits - largest) * scale) * 2.0**MASS_BITS).long()
-    enough = masses >= max(1, int(torch.tensor(least, dtype=torch.float32) * 2.0**MASS_BITS))
+    enough = masses >= max(1, int(torch.tensor(min(least, 1.0), dtype=torch.float32) * 2.0**MASS_BITS))
     is_cut = 0 < k < vocab_size or p < 1
     if not is_cut:
         ids = enough.nonzero()[:, 0]

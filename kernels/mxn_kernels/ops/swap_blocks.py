@@ -93,7 +93,8 @@ class HostTier:
         """Moves sorted by host block, so that each run of neighbours there is one copy over the bus."""
         for begin in range(0, len(moves), self._max_moves):
             part = moves[begin : begin + self._max_moves]
-            ids = torch.tensor([block for _, block in part], dtype=torch.int32).to(self._staging.device)
+            ids = torch.tensor([block for _, block in part], dtype=torch.int32, pin_memory=self._stream is not None)
+            ids = ids.to(self._staging.device, non_blocking=True)
             if is_out:
                 self._move(ids, is_out)
             for first, first_host, count in _runs([host for host, _ in part]):

@@ -61,7 +61,7 @@ def _merge_kernel(
     CHUNK: tl.constexpr,
     HAS_LSE: tl.constexpr,
 ):
-    head = tl.program_id(0)
+    head = tl.program_id(0).to(tl.int64)
     seq = tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, BLOCK_DV)
     partial_lse_ptr += seq * stride_mn + head

@@ -168,7 +168,7 @@ def _paged_decode_kernel(
     INTERPRET: tl.constexpr,
 ):
     split = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)  # so is what is computed from it: strides may be large
     seq = tl.program_id(2).to(tl.int64)
     rows = tl.arange(0, BLOCK_M)
     row_mask = rows < GROUP

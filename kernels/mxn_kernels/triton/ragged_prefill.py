@@ -127,7 +127,7 @@ def _ragged_prefill_kernel(
     # The last blocks of a sequence see the most tokens; they start first, so that the short ones fill the gaps at the
     # end.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)  # so is what is computed from it: strides may be large
     seq, first_query, num_queries, block_start = find_block(starts_ptr, num_seqs, block, BLOCK_Q)
     if block_start >= num_queries:
         return

@@ -125,7 +125,7 @@ def _rope_kernel(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = (rows // (NUM_HEADS + NUM_KV_HEADS)).to(tl.int64)
-    heads = rows % (NUM_HEADS + NUM_KV_HEADS)
+    heads = (rows % (NUM_HEADS + NUM_KV_HEADS)).to(tl.int64)
     is_query = (heads < NUM_HEADS) & (rows < num_rows)
     is_key = (heads >= NUM_HEADS) & (rows < num_rows)
     kv_heads = heads - NUM_HEADS

@@ -79,7 +79,8 @@ def _sample_kernel(
         return
 
     scale = 1.0 / tl.maximum(temperature, MIN_TEMPERATURE)
-    least = tl.maximum((tl.load(min_p_ptr + row) * MASS_UNIT).to(tl.int64), 1) * ID_UNIT
+    # The largest token, of weight 1, always stays.
+    least = tl.maximum((tl.minimum(tl.load(min_p_ptr + row), 1.0) * MASS_UNIT).to(tl.int64), 1) * ID_UNIT
     top_k = tl.load(top_k_ptr + row).to(tl.int64)
     top_p = tl.load(top_p_ptr + row)
     bits = _random_bits(tl.load(seeds_ptr + row), tl.load(steps_ptr + row))
@@ -200,7 +201,7 @@ def _find_by_id(logits_ptr, vocab_size, largest, scale, floor, target, BLOCK: tl
     before = target * 0
     inside = target * 0
     # Stops at the block in which the sum passes the target.
-    while inside <= target:
+    while (inside <= target) & (first < vocab_size):
         mass, key = _masses(logits_ptr, first + tl.arange(0, BLOCK), vocab_size, largest, scale)
         before = inside
         inside += tl.sum(tl.where(key >= floor, mass, 0), 0)

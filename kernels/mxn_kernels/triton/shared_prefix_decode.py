@@ -157,7 +157,7 @@ def _prefix_kernel(
     HAS_SOFTCAP: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)  # so is what is computed from it: strides may be large
     part = tl.program_id(2)
     group, first_member, num_members, block_start = find_block(starts_ptr, num_groups, tl.program_id(0), BLOCK_Q)
     if block_start >= num_members:

@@ -75,7 +75,7 @@ def _write_kv_kernel(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tokens = (rows // NUM_HEADS).to(tl.int64)
-    heads = rows % NUM_HEADS
+    heads = (rows % NUM_HEADS).to(tl.int64)
     slots = tl.load(slots_ptr + tokens, mask=rows < num_rows, other=-1)
     mask = slots >= 0
     blocks = (slots // BLOCK_SIZE).to(tl.int64)

@@ -21,9 +21,9 @@ RARE = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChe
     vocab_size=st.integers(1, 300),
     spread=st.sampled_from([0.0, 0.5, 5.0, 40.0]),
     temperature=st.sampled_from([0.0, 1e-7, 0.3, 1.0, 3.0]),
-    top_k=st.sampled_from([0, 1, 3, 50, 1000]),
+    top_k=st.sampled_from([-1, 0, 1, 3, 50, 1000]),
     top_p=st.sampled_from([0.0, 0.3, 0.9, 0.999, 1.0]),
-    min_p=st.sampled_from([0.0, 0.05, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 1.0, 2.0]),
     seed=st.integers(-(2**63), 2**63 - 1),
     has_ties=st.booleans(),
 )
