@@ -28,7 +28,7 @@ $(STEPS): export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve bench test check format setup clean
+.PHONY: help demo serve bench test check gpu format setup clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -55,6 +55,11 @@ check: $(VENV)/.dev ## format, lint, types, import rules and the tests that need
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -m "not torch and not model and not slow" \
 	  --ignore=tests/attention --ignore=tests/kernels --ignore=tests/runner $(ARGS)
+
+# Takes the machine's own interpreter, whose torch and triton fit its chip; pytest and numpy are all it needs beside them.
+gpu: ## on a machine with a GPU: kernels against their references, then the kernel benchmark (JSON under OUT=folder)
+	PYTHONPATH=kernels $(PYTHON) -m pytest -c /dev/null --rootdir=. --confcutdir=tests/kernels/triton -q tests/kernels/triton
+	PYTHONPATH=kernels $(PYTHON) benchmarks/kernels.py --out $${OUT:-benchmarks/results}/kernels.json $(ARGS)
 
 format: $(VENV)/.dev ## format and fix what can be fixed by itself
 	$(BIN)/ruff format .
