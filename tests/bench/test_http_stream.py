@@ -123,15 +123,15 @@ async def test_cancelled_exchange_closes_its_connection() -> None:
 
 
 async def test_a_kept_connection_that_the_server_drops_unseen_costs_a_new_one_not_a_fault() -> None:
-    served = 0
+    handlers: list[asyncio.Task[None] | None] = []
 
     async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal served
+        handlers.append(asyncio.current_task())
         await reader.readuntil(b"\r\n\r\n")
-        served += 1
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")  # keep-alive is promised ...
         await reader.read(1)  # ... and broken when the next request comes
         writer.close()
+        await writer.wait_closed()
 
     server = await asyncio.start_server(once, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -143,7 +143,8 @@ async def test_a_kept_connection_that_the_server_drops_unseen_costs_a_new_one_no
         )
         assert status == 200
     assert b"".join(got) == b"okokok"
-    assert served == 3
+    assert len(handlers) == 3
     pool.close()
+    await asyncio.gather(*(handler for handler in handlers if handler is not None), return_exceptions=True)
     server.close()
     await server.wait_closed()
