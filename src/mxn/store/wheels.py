@@ -26,7 +26,6 @@ from mxn.store.integrity import BUFFER_BYTES, Digest, sha256_of, wrong_file
 if TYPE_CHECKING:
     import httpx
 
-DEFAULT_INDEX = "https://pypi.org/simple"
 POLL_S = 0.2
 _SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
 
@@ -73,15 +72,8 @@ def fetch_wheel(
 
 def index_url() -> str | None:
     """The package index pip is set to use, or None when only pip itself can reach it."""
-    command = [sys.executable, "-m", "pip", "config", "list", "--disable-pip-version-check"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env=child_environment({"PIP_QUIET": "0"})
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return DEFAULT_INDEX
     settings: dict[str, str] = {}
-    for line in done.stdout.splitlines():
+    for line in _ask_pip("config", "list").splitlines():
         key, _, value = line.partition("=")
         try:
             settings[key] = str(ast.literal_eval(value))
@@ -90,8 +82,21 @@ def index_url() -> str | None:
     scopes = (":env:", "download", "global")  # pip's own order
     if any(settings.get(f"{scope}.no-index", "0").lower() in ("1", "true", "yes", "on") for scope in scopes):
         return None
-    url = next((settings[key] for scope in scopes if (key := f"{scope}.index-url") in settings), DEFAULT_INDEX)
+    url = next((settings[key] for scope in scopes if (key := f"{scope}.index-url") in settings), None)
+    if url is None:  # pip's own default, as its help states it
+        stated = re.search(r"Package\s+Index\s+\(default\s+(\S+)\)", _ask_pip("help", "download"))
+        url = stated.group(1) if stated else ""
     return url if url.startswith(("https://", "http://")) else None
+
+
+def _ask_pip(*arguments: str) -> str:
+    """What pip prints; nothing when it cannot be run."""
+    command = [sys.executable, "-m", "pip", *arguments, "--disable-pip-version-check"]
+    environment = child_environment({"PIP_QUIET": "0", "COLUMNS": "200"})
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def extract(wheel: Path, member: str, folder: Path, *, max_bytes: int) -> list[Path]:
