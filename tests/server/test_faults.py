@@ -80,21 +80,27 @@ def test_a_killed_replica_ends_requests_with_an_error_and_comes_back(
 ) -> None:
     server = start_server(fake_deployment(options={"step_ms": 10}))
     deployment = server.deployment()
-    answers: list[httpx.Response] = []
-    asking = threading.Thread(target=lambda: answers.append(server.post(COMPLETIONS, body(stream=stream))))
-    asking.start()
-    server.wait_for(lambda: deployment.stats.num_output_tokens > 3)
     assert deployment.info is not None
-    os.kill(deployment.info.pid, signal.SIGKILL)
-    asking.join(10)
-    [answer] = answers
+    pid = deployment.info.pid
     if stream:
-        assert answer.status_code == 200
-        assert last_event(answer)["error"]["code"] == "replica_died"
+        with server.http.stream("POST", COMPLETIONS, json=body(stream=True)) as answer:
+            assert answer.status_code == 200
+            lines = answer.iter_lines()
+            next(lines)  # from here on the answer has begun
+            os.kill(pid, signal.SIGKILL)
+            events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert json.loads(events[-1])["error"]["code"] == "replica_died"
     else:
-        assert answer.status_code == 503
-        assert answer.headers["retry-after"] == "1"
-        assert server.get_error(answer)["code"] == "replica_died"
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: answers.append(server.post(COMPLETIONS, body())))
+        asking.start()
+        server.wait_for(lambda: deployment.stats.num_output_tokens > 3)
+        os.kill(pid, signal.SIGKILL)
+        asking.join(10)
+        [refused] = answers
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert server.get_error(refused)["code"] == "replica_died"
     server.wait_for(lambda: deployment.num_restarts == 1 and deployment.is_ready)
     assert server.post(COMPLETIONS, body(max_tokens=3)).status_code == 200
     assert 'outcome="failed"} 1.0' in server.http.get("/metrics").text
