@@ -1,8 +1,9 @@
 """The adapter interface, version 1: what a chip's backend gives to mxn.
 
-A backend names the chips it can reach, says which models they can run, and loads one as an `Executor`, which mxn's own
-engine drives step by step. Values are frozen dataclasses of plain types. Nothing here imports torch; a backend imports
-heavy libraries inside `load` only, which runs in the replica's own process.
+A backend names the chips it can reach, says which models they can run, and then does one of two things: it loads a
+model as an `Executor`, which mxn's own engine drives step by step, or it describes a `ServerSpec`, a server of its own
+that mxn launches, watches and speaks OpenAI's protocol with. Values are frozen dataclasses of plain types. Nothing here
+imports torch; a backend imports heavy libraries inside `load` only, which runs in the replica's own process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.core.quantity import Quantity
 from mxn.energy.reader import PowerReader
+from mxn.errors import BackendError
 
 API_VERSION = 1
 
@@ -46,6 +48,29 @@ class Support:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Capabilities:
+    """What a backend can do on a chip, whatever the model; the planner, the engine and the conformance kit read it.
+
+    kv: how the KV cache is divided: "paged", "slots", or "own" for a server that keeps it to itself.
+    has_mixed_steps: prompt chunks and decoding sequences may share a step.
+    has_prefix_sharing: sequences may read the same cached prefix (paged), or a copy of it (slots).
+    has_multi_token_verify: a decoding sequence may be given several tokens in one step.
+    has_graph_capture: steps are captured or compiled ahead, so `warm_up` takes noticeable time.
+    can_share_chip: several replicas may hold the same chip.
+    dtypes, quantisations: names as in `LoadSettings.quantisation`.
+    """
+
+    kv: Literal["paged", "slots", "own"]
+    has_mixed_steps: bool
+    has_prefix_sharing: bool
+    has_multi_token_verify: bool
+    has_graph_capture: bool
+    can_share_chip: bool
+    dtypes: tuple[str, ...] = ()
+    quantisations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
     """Bytes a loaded model will take on a chip, part by part."""
 
@@ -69,6 +94,15 @@ class SlotKV:
 
     num_slots: int
     max_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KVCopy:
+    """Copies the KV of the first `num_tokens` tokens of a block or slot to another, over all layers."""
+
+    source: int
+    destination: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,12 +151,35 @@ class Executor(ABC):
         """
 
     @abstractmethod
-    def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copies KV blocks (source id, destination id) in order, over all layers."""
+    def copy_kv(self, copies: Sequence[KVCopy]) -> None:
+        """Copies KV between blocks or slots, in order. A paged executor may copy whole blocks."""
 
     @abstractmethod
     def close(self) -> None:
         """Gives memory back. Safe to call twice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerSpec:
+    """A server to launch and watch, or one that runs already. It speaks OpenAI's completions protocol over HTTP.
+
+    argv: what to start; "{port}" in any of these texts is replaced by a free loopback port. Empty: nothing is started.
+    environment: variables beside the replica's own.
+    url: where it listens, without a path.
+    model: the name it knows the model by.
+    ready_path: answers 200 once requests are served. ready_timeout_s: how long that may take.
+    stop_timeout_s: between the polite signal and the kill.
+    info: what is known of it before it starts; the replica's notes show it.
+    """
+
+    argv: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = ()
+    url: str = "http://127.0.0.1:{port}"
+    model: str
+    ready_path: str = "/health"
+    ready_timeout_s: float = 600.0
+    stop_timeout_s: float = 30.0
+    info: ExecutorInfo
 
 
 LoadProgress = Callable[[str, float], None]
@@ -144,6 +201,10 @@ class Backend(ABC):
         """The chips it reaches on this host. Empty unless `probe` says active."""
 
     @abstractmethod
+    def capabilities(self, chip: Chip) -> Capabilities:
+        """What it can do on the chip; a pure function of its argument."""
+
+    @abstractmethod
     def supports(self, model: ModelSpec, chip: Chip) -> Support:
         """Whether the chip can run the model, with reasons; a pure function of its arguments."""
 
@@ -155,9 +216,16 @@ class Backend(ABC):
     def power(self, chip: Chip) -> PowerReader:
         """The best power reader for the chip; a `NullReader` with the reason where there is none."""
 
-    @abstractmethod
     def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
-        """Loads the model. Runs in the replica's process.
+        """Loads the model. Runs in the replica's process. A backend has either this or `serve`.
 
         Raises: UnsupportedModelError with the reason; OutOfMemoryError; ModelError for damaged files.
         """
+        raise BackendError(f'backend "{self.name}" loads no executor; it describes a server')
+
+    def serve(self, model: Model, settings: LoadSettings, chips: Sequence[Chip]) -> ServerSpec:
+        """Describes the server that serves the model. Runs in the replica's process, which then launches it.
+
+        Raises: UnsupportedModelError with the reason; BackendError naming what is not installed.
+        """
+        raise BackendError(f'backend "{self.name}" describes no server; it loads an executor')

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from mxn.backends.base import Backend, Executor, LoadProgress, MemoryEstimate, Probe, Support
+from mxn.backends.base import Backend, Capabilities, Executor, LoadProgress, MemoryEstimate, Probe, Support
 from mxn.backends.torch_executor import TorchExecutor
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
@@ -62,6 +62,18 @@ class CpuBackend(Backend):
                 features=tuple(facts.pop("features").split()),
                 facts=facts,
             ),
+        )
+
+    def capabilities(self, chip: Chip) -> Capabilities:
+        return Capabilities(
+            kv="paged",
+            has_mixed_steps=True,
+            has_prefix_sharing=True,
+            has_multi_token_verify=False,
+            has_graph_capture=False,
+            can_share_chip=True,
+            dtypes=("fp32", "bf16"),
+            quantisations=_QUANTISATIONS,
         )
 
     def supports(self, model: ModelSpec, chip: Chip) -> Support:

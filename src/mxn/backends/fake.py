@@ -15,8 +15,10 @@ import numpy as np
 
 from mxn.backends.base import (
     Backend,
+    Capabilities,
     Executor,
     ExecutorInfo,
+    KVCopy,
     LoadProgress,
     MemoryEstimate,
     PagedKV,
@@ -100,10 +102,10 @@ class FakeExecutor(Executor):
             time.sleep(options.step_s + options.token_s * batch.num_tokens)
         return StepResult(tokens=tuple(tokens), failed=tuple(failed))
 
-    def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None:
+    def copy_kv(self, copies: Sequence[KVCopy]) -> None:
         blocks = self._cache.reshape(self.kv.num_blocks, self.kv.block_size)
-        for source, destination in moves:
-            blocks[destination] = blocks[source]
+        for copy in copies:
+            blocks[copy.destination, : copy.num_tokens] = blocks[copy.source, : copy.num_tokens]
 
     def close(self) -> None:
         self._cache = np.empty(0, dtype=np.int32)
@@ -164,6 +166,16 @@ class FakeBackend(Backend):
 
     def chips(self) -> Sequence[Chip]:
         return [Chip(uid="fake-0", kind=None, name="Simulated chip", vendor="mxn", memory_bytes=1 << 30, cores=1)]
+
+    def capabilities(self, chip: Chip) -> Capabilities:
+        return Capabilities(
+            kv="paged",
+            has_mixed_steps=True,
+            has_prefix_sharing=True,
+            has_multi_token_verify=False,
+            has_graph_capture=False,
+            can_share_chip=True,
+        )
 
     def supports(self, model: ModelSpec, chip: Chip) -> Support:
         return Support(verdict="yes", reasons=("a simulated chip runs anything",), max_context=model.max_context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mxn.backends.base import Executor, ExecutorInfo, PagedKV, WarmUp
+from mxn.backends.base import Executor, ExecutorInfo, KVCopy, PagedKV, WarmUp
 from mxn.core.batch import StepBatch, StepResult
 
 
@@ -55,8 +55,8 @@ class TorchExecutor(Executor):
     def execute(self, batch: StepBatch) -> StepResult:
         return self._runner.execute(batch)
 
-    def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None:
-        self._runner.copy_kv(moves)
+    def copy_kv(self, copies: Sequence[KVCopy]) -> None:
+        self._runner.copy_kv([(copy.source, copy.destination) for copy in copies])
 
     def close(self) -> None:
         self._runner.close()
