@@ -10,7 +10,8 @@ import pytest
 
 from mxn.core.request import FinishReason, SamplingParams, SequenceOutput, SequenceRequest, TokenLogprob
 from mxn.engine.channel import ChannelError, ReplicaChannel, pack, receive_from_replica
-from mxn.engine.messages import MAX_FRAME_BYTES, Abort, EngineStats, Start, StepDone, Stop
+from mxn.engine.messages import MAX_FRAME_BYTES, Abort, Start, StepDone, Stop
+from mxn.engine.stats import EngineStats
 
 Pair = tuple[socket.socket, ReplicaChannel]
 

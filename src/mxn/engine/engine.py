@@ -12,10 +12,10 @@ from mxn.core.batch import SequenceStep, StepBatch, StepResult
 from mxn.core.clock import Clock, SystemClock
 from mxn.core.request import FinishReason, SequenceOutput, SequenceRequest, TokenLogprob
 from mxn.engine.block_pool import BlockPool
-from mxn.engine.messages import EngineStats
 from mxn.engine.prefix_cache import PrefixCache
 from mxn.engine.scheduler import Scheduled, SchedulerLimits, StepScheduler
 from mxn.engine.sequence import Sequence, SequenceStatus
+from mxn.engine.stats import EngineStats
 from mxn.errors import BackendError, ChipError, OutOfMemoryError, RequestError
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ import msgspec
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
 from mxn.core.request import SequenceOutput, SequenceRequest
+from mxn.engine.stats import EngineStats
 
 # ---------------------------------------------------------------- gateway -> replica
 
@@ -51,26 +52,6 @@ class LoadPhase(msgspec.Struct, tag=True):
 
     phase: str
     fraction: float
-
-
-class EngineStats(msgspec.Struct, kw_only=True):
-    """Gauges and counters of one engine after a step. Counters only grow."""
-
-    num_running: int = 0
-    num_waiting: int = 0
-    num_free_blocks: int = 0
-    num_total_blocks: int = 0
-    num_steps: int = 0
-    num_preemptions: int = 0
-    num_prompt_tokens: int = 0
-    num_output_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_computed_tokens: int = 0
-    num_finished: int = 0
-    num_aborted: int = 0
-    num_failed: int = 0
-    step_s: float = 0.0
-    busy_s: float = 0.0
 
 
 class ReplicaInfo(msgspec.Struct, kw_only=True):

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
 from mxn.core.request import SamplingParams, SequenceRequest
-from mxn.engine.messages import EngineStats, Load, ReplicaInfo, ReplicaState
+from mxn.engine.messages import Load, ReplicaInfo, ReplicaState
+from mxn.engine.stats import EngineStats
 from mxn.engine.tokenizer import Tokenizer
 from mxn.errors import BackendError, MxnError, OverloadedError, ReplicaDiedError, RequestError, UnavailableError
 from mxn.fleet.replica import Replica, SequenceStream

@@ -12,7 +12,6 @@ from mxn.core.request import SequenceOutput, SequenceRequest
 from mxn.engine.channel import ChannelError, pack, receive_from_replica
 from mxn.engine.messages import (
     Abort,
-    EngineStats,
     Load,
     LoadFailed,
     LoadPhase,
@@ -23,6 +22,7 @@ from mxn.engine.messages import (
     StepDone,
     Stop,
 )
+from mxn.engine.stats import EngineStats
 from mxn.errors import BackendError, MxnError, ReplicaDiedError
 from mxn.fleet.launchers.local import LocalProcess, launch
 

@@ -14,7 +14,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from mxn import __version__
-from mxn.engine.messages import EngineStats
+from mxn.engine.stats import EngineStats
 
 if TYPE_CHECKING:
     from mxn.fleet.deployment import Deployment
