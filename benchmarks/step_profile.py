@@ -29,7 +29,7 @@ from mxn.backends.registry import load_backend  # noqa: E402
 from mxn.core.model import LoadSettings  # noqa: E402
 from mxn.core.request import SamplingParams, SequenceRequest  # noqa: E402
 from mxn.engine.engine import Engine, EngineSettings  # noqa: E402
-from mxn.store import fetch  # noqa: E402
+from mxn.store.fetch import fetch  # noqa: E402
 
 CASES = (
     ("decode, batch 1", 1, 128),

@@ -20,8 +20,8 @@ import pytest
 from mxn.config.environment import child_environment
 from mxn.config.model_card import ModelCard
 from mxn.errors import DownloadError, ModelError
-from mxn.store import fetch, list_cached, remove
 from mxn.store.cache import Cache, disk_errors
+from mxn.store.fetch import fetch, list_cached, remove
 
 if TYPE_CHECKING:
     from .conftest import Web
@@ -167,7 +167,7 @@ def test_a_cache_folder_below_a_file_is_named(hub: Web, tmp_path: Path) -> None:
 def test_a_killed_process_leaves_no_model_and_the_next_goes_on(hub: Web, tmp_path: Path) -> None:
     hub.delay_s = 0.3
     cache = tmp_path / "cache"
-    code = f"from pathlib import Path; from mxn.store import fetch; fetch('org/tiny', cache=Path({str(cache)!r}))"
+    code = f"from pathlib import Path; from mxn.store.fetch import fetch; fetch('org/tiny', cache=Path({str(cache)!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], env=child_environment({"MXN_HUB_ENDPOINT": hub.url}))
     part = _wait_for(lambda: [path for path in cache.rglob("model.safetensors.part") if path.stat().st_size > 0])[0]
     process.send_signal(signal.SIGKILL)

@@ -10,8 +10,8 @@ import pytest
 
 from mxn.config.source import HubSource
 from mxn.errors import DownloadError, ModelError
-from mxn.store import fetch
 from mxn.store.download import RemoteFile, download, http_client
+from mxn.store.fetch import fetch
 from mxn.store.hub import list_files
 from mxn.store.integrity import Digest, sha256_of
 

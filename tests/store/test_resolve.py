@@ -9,7 +9,7 @@ import pytest
 from mxn.config.environment import shipped_config_dir
 from mxn.config.model_card import load_model_cards
 from mxn.errors import ModelError
-from mxn.store import resolve
+from mxn.store.resolve import resolve
 
 CARDS = load_model_cards(shipped_config_dir() / "models")
 

@@ -13,7 +13,7 @@ import pytest
 
 from mxn.config.model_card import Archive, CardFile, ModelCard
 from mxn.errors import DownloadError, ModelError
-from mxn.store import fetch
+from mxn.store.fetch import fetch
 from mxn.store.wheels import extract
 
 if TYPE_CHECKING:
