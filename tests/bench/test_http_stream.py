@@ -2,7 +2,7 @@ import asyncio
 
 import pytest
 
-from mxn.bench.http_stream import ConnectionPool, TransportError
+from mxn.engine.http_stream import ConnectionPool, TransportError
 from mxn.errors import ConfigError
 
 from .canned import canned_server, chunk

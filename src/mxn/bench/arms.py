@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from mxn.bench.client import CompletionsClient, RequestResult
-from mxn.bench.http_stream import ConnectionPool
+from mxn.engine.http_stream import ConnectionPool
 from mxn.bench.records import Subject
 from mxn.energy.reader import PowerReader
 from mxn.errors import ConfigError

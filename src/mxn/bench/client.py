@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from mxn.bench.http_stream import ConnectionPool, TransportError
+from mxn.engine.http_stream import ConnectionPool, TransportError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,8 @@
-"""A small HTTP/1.1 client for load generation: keep-alive, POST and GET, bodies handed on as they arrive.
+"""A small HTTP/1.1 client: keep-alive, POST and GET, bodies handed on as they arrive.
 
-General clients cost several times as much per streamed event (see benchmarks/NOTES.md), which on a small machine takes
-cores away from the server under test. No redirects, cookies or compression.
+For load generation and for servers that run behind a replica. General clients cost several times as much per streamed
+event (see benchmarks/NOTES.md), which on a small machine takes cores away from the server. No redirects, cookies or
+compression.
 """
 
 from __future__ import annotations
