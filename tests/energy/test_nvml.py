@@ -52,6 +52,9 @@ class Driver:
         assert fields == [186]
         return [SimpleNamespace(nvmlReturn=0 if self.instant else 3, value=SimpleNamespace(uiVal=150_000))]
 
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: str) -> int:
+        return 700_000
+
     def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         if not self.power:
             raise NVMLError("Not Supported")
@@ -62,6 +65,7 @@ def test_counter_is_preferred() -> None:
     driver = Driver()
     reader = nvml_reader("GPU-1", nvml=driver)
     assert (reader.name, reader.kind) == ("nvml-energy", ReaderKind.COUNTER)
+    assert reader.power_limit_w == 700
     window = EnergyWindow([reader])
     time.sleep(0.6)
     assert window.end().mean_watts.value == pytest.approx(200, rel=0.1)

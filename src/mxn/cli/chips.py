@@ -23,7 +23,12 @@ def chips(json_output: Annotated[bool, typer.Option("--json", help="Print JSON."
         backend = load_backend(name)
         for chip in backend.chips():
             reader = backend.power(chip)
-            power = {"source": reader.name, "kind": str(reader.kind), "detail": reader.detail}
+            power = {
+                "source": reader.name,
+                "kind": str(reader.kind),
+                "detail": reader.detail,
+                "limit_w": reader.power_limit_w,
+            }
             reader.close()
             found.append((name, chip, power))
     if json_output:
@@ -45,6 +50,7 @@ def chips(json_output: Annotated[bool, typer.Option("--json", help="Print JSON."
             ("memory", size_text(chip.memory_bytes)),
             ("features", " ".join(chip.features) or "none"),
             ("power", f"{power['source']} ({power['kind']}): {power['detail']}"),
+            ("power limit", f"{power['limit_w']:g} W" if power["limit_w"] else "unknown"),
         ]
         print_pairs(console, facts)
     console.print("\n[bold]Backends[/]")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 import threading
+import time
 from collections.abc import Callable
+from itertools import pairwise
 
 from mxn.core.clock import Clock, SystemClock
-from mxn.energy.reader import ReaderKind, Reading, Scope
+from mxn.energy.reader import Loss, ReaderKind, Reading, Scope
 from mxn.errors import ChipError
 
 MAX_PLAUSIBLE_W = 20_000.0
@@ -31,11 +34,12 @@ class CounterTracker:
         self._moved_at_s = 0.0
         self._is_frozen = False
         self._num_breaks = 0
+        self._last_break: Loss | None = None
 
     def update(self, raw_j: float, now_s: float) -> Reading:
         """The total after seeing `raw_j` at `now_s`."""
         if not math.isfinite(raw_j) or raw_j < 0:
-            return self.lost(f"the counter returned {raw_j}", now_s)
+            return self.lost(f"the counter returned {raw_j}", now_s, Loss.NOT_A_NUMBER)
         if self._last_raw_j is None:
             self._last_raw_j, self._last_time_s, self._moved_at_s = raw_j, now_s, now_s
             return Reading(energy_j=0.0, time_s=now_s)
@@ -44,12 +48,12 @@ class CounterTracker:
             step_j += self._wrap_j
         elapsed_s = max(now_s - self._last_time_s, 1e-3)
         if step_j < 0 or step_j > MAX_PLAUSIBLE_W * max(elapsed_s, 0.1):
-            self._num_breaks += 1  # went backwards or jumped: nobody knows what was used in between
+            self._break(Loss.WENT_BACK if step_j < 0 else Loss.JUMPED)  # nobody knows what was used in between
             step_j = 0.0
             self._moved_at_s = now_s
         elif step_j > 0:
             if self._is_frozen:
-                self._num_breaks += 1
+                self._break(Loss.FROZEN)
                 self._is_frozen = False
                 step_j = 0.0
             self._moved_at_s = now_s
@@ -58,12 +62,23 @@ class CounterTracker:
         frozen_s = now_s - self._moved_at_s
         if frozen_s > self._freeze_after_s:
             self._is_frozen = True
-            return self.lost(f"the counter has not moved for {frozen_s:.1f} s", now_s)
-        return Reading(energy_j=self._total_j, time_s=now_s, num_breaks=self._num_breaks)
+            return self.lost(f"the counter has not moved for {frozen_s:.1f} s", now_s, Loss.FROZEN)
+        return Reading(energy_j=self._total_j, time_s=now_s, num_breaks=self._num_breaks, last_break=self._last_break)
 
-    def lost(self, reason: str, now_s: float) -> Reading:
+    def lost(self, reason: str, now_s: float, loss: Loss = Loss.GONE) -> Reading:
         """The reading for a moment at which the counter gave nothing usable."""
-        return Reading(energy_j=None, time_s=now_s, reason=reason, num_breaks=self._num_breaks)
+        return Reading(
+            energy_j=None,
+            time_s=now_s,
+            reason=reason,
+            loss=loss,
+            num_breaks=self._num_breaks,
+            last_break=self._last_break,
+        )
+
+    def _break(self, loss: Loss) -> None:
+        self._num_breaks += 1
+        self._last_break = loss
 
 
 class CounterReader:
@@ -85,10 +100,12 @@ class CounterReader:
         detail: str,
         scope: Scope = Scope.DEVICE,
         update_period_s: float,
+        power_limit_w: float | None = None,
         poll_s: float = 0.0,
         clock: Clock | None = None,
     ) -> None:
         self.name, self.detail, self.scope, self.update_period_s = name, detail, scope, update_period_s
+        self.power_limit_w = power_limit_w
         self._counters = list(zip(read_joules, trackers, strict=True))
         self._clock = clock or SystemClock()
         self._lock = threading.Lock()
@@ -96,7 +113,9 @@ class CounterReader:
 
     def read(self) -> Reading:
         """The sum of all counters; unavailable as soon as one of them is."""
-        total_j, num_breaks, reason = 0.0, 0, None
+        total_j, num_breaks = 0.0, 0
+        lost: Reading | None = None
+        last_break: Loss | None = None
         with self._lock:
             now_s = self._clock.now_s()
             for read_joules, tracker in self._counters:
@@ -105,21 +124,48 @@ class CounterReader:
                 except (ChipError, OSError, ValueError) as err:
                     reading = tracker.lost(f"{self.name}: {err}", now_s)
                 num_breaks += reading.num_breaks
+                last_break = reading.last_break or last_break
                 if reading.energy_j is None:
-                    reason = reason or reading.reason
+                    lost = lost or reading
                 else:
                     total_j += reading.energy_j
         return Reading(
-            energy_j=None if reason else total_j,
+            energy_j=None if lost else total_j,
             time_s=now_s,
-            reason=reason,
+            reason=lost.reason if lost else None,
+            loss=lost.loss if lost else None,
             num_breaks=num_breaks,
+            last_break=last_break,
         )
 
     def close(self) -> None:
         """Stops the polling thread."""
         if self._poller:
             self._poller.stop()
+
+
+def measure_tick_s(
+    read_joules: Callable[[], float], *, longest_s: float, pause_s: float = 0.001, num_ticks: int = 5
+) -> float | None:
+    """How often a counter advances, watched until it did so `num_ticks` times or for `longest_s`.
+
+    pause_s: sleep between two looks; 0 keeps one core busy, which a counter of an idle package needs to move.
+    Returns: the median time between two advances; None when it moved less than twice.
+    Raises: what `read_joules` raises.
+    """
+    last_j = read_joules()
+    moved_at_s: list[float] = []
+    end_s = time.monotonic() + longest_s
+    while len(moved_at_s) <= num_ticks and (now_s := time.monotonic()) < end_s:
+        joules = read_joules()
+        if joules != last_j:
+            last_j = joules
+            moved_at_s.append(now_s)
+        if pause_s:
+            time.sleep(pause_s)
+    if len(moved_at_s) < 2:
+        return None
+    return statistics.median(b - a for a, b in pairwise(moved_at_s))
 
 
 class Poller:

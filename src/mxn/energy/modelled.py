@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mxn.core.clock import Clock, SystemClock
 from mxn.energy.cpu_table import CpuPower, cpu_power
-from mxn.energy.reader import ReaderKind, Reading, Scope
+from mxn.energy.reader import Loss, ReaderKind, Reading, Scope
 
 JIFFY_S = 0.01
 """Resolution of /proc/stat on every common kernel (USER_HZ = 100)."""
@@ -27,6 +27,7 @@ class ModelledCpuReader:
     kind = ReaderKind.MODELLED
     scope = Scope.DEVICE
     update_period_s = JIFFY_S
+    power_limit_w: float | None = None
 
     def __init__(
         self, power: CpuPower, cores: Sequence[int], *, stat_path: Path = Path("/proc/stat"), clock: Clock | None = None
@@ -53,7 +54,7 @@ class ModelledCpuReader:
                 busy, total = self._jiffies()
             except (OSError, ValueError) as err:
                 reason = f"{self._stat_path}: {err}"
-                return Reading(energy_j=None, time_s=now_s, reason=reason, num_breaks=self._num_breaks)
+                return Reading(energy_j=None, time_s=now_s, reason=reason, loss=Loss.GONE, num_breaks=self._num_breaks)
             if self._last is not None:
                 last_busy, last_total, last_s = self._last
                 if busy < last_busy or total < last_total:
@@ -61,15 +62,19 @@ class ModelledCpuReader:
                 else:
                     # Within one jiffy nothing is known of the load: charge it with the next one.
                     if total == last_total:
-                        return Reading(energy_j=self._total_j, time_s=last_s, num_breaks=self._num_breaks)
+                        return self._reading(last_s)
                     load = (busy - last_busy) / (total - last_total)
                     watts = self._power.idle_w + (self._power.max_w - self._power.idle_w) * load
                     self._total_j += watts * len(self._names) * (now_s - last_s)
             self._last = (busy, total, now_s)
-            return Reading(energy_j=self._total_j, time_s=now_s, num_breaks=self._num_breaks)
+            return self._reading(now_s)
 
     def close(self) -> None:
         pass
+
+    def _reading(self, time_s: float) -> Reading:
+        last_break = Loss.WENT_BACK if self._num_breaks else None
+        return Reading(energy_j=self._total_j, time_s=time_s, num_breaks=self._num_breaks, last_break=last_break)
 
     def _jiffies(self) -> tuple[float, float]:
         """(busy, busy + idle) jiffies summed over the cores; time stolen by other guests is in neither."""

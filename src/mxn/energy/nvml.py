@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable
 from typing import Any
 
-from mxn.energy.counter import CounterReader, CounterTracker
-from mxn.energy.reader import NullReader, PowerReader
+from mxn.energy.counter import CounterReader, CounterTracker, measure_tick_s
+from mxn.energy.reader import Loss, NullReader, PowerReader
 from mxn.energy.sampled import SampledReader
 from mxn.errors import ChipError
 
-COUNTER_TICK_S = 0.1  # NVML's energy counter advances about every 100 ms
 SAMPLE_PERIOD_S = 0.05
 
 
-def nvml_reader(uuid: str, *, nvml: Any = None, settle_s: float = 0.5) -> PowerReader:
+def nvml_reader(uuid: str, *, nvml: Any = None, settle_s: float = 0.6) -> PowerReader:
     """The best reader for the board with this UUID, or a `NullReader` with the reason.
 
     nvml: the pynvml module; tests pass their own. settle_s: how long the counter may take to show that it moves.
@@ -33,7 +31,7 @@ def nvml_reader(uuid: str, *, nvml: Any = None, settle_s: float = 0.5) -> PowerR
     except nvml.NVMLError as err:
         return NullReader(f"NVML cannot reach chip {uuid}: {err}")
     if _is_mig(nvml, handle):
-        return NullReader(f"chip {uuid} is split by MIG: its board power cannot be told apart per slice")
+        return NullReader(f"chip {uuid} is split by MIG: its board power cannot be told apart per slice", Loss.SHARED)
 
     def guarded(call: Callable[[], float]) -> Callable[[], float]:
         def read() -> float:
@@ -45,14 +43,20 @@ def nvml_reader(uuid: str, *, nvml: Any = None, settle_s: float = 0.5) -> PowerR
         return read
 
     energy_j = guarded(lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3)
-    why_not = _why_counter_is_unusable(energy_j, settle_s)
-    if why_not is None:
+    limit_w = _power_limit_w(nvml, handle)
+    try:  # an idle board draws tens of watts, so its counter must move
+        tick_s = measure_tick_s(energy_j, longest_s=settle_s)
+        why_not = f"the energy counter did not move in {settle_s:g} s"
+    except ChipError as err:
+        tick_s, why_not = None, str(err)
+    if tick_s is not None:
         return CounterReader(
             [energy_j],
             [CounterTracker(freeze_after_s=5.0)],
             name="nvml-energy",
-            detail=f"NVML total energy counter of the board, driver {driver}; ticks about every {COUNTER_TICK_S:g} s",
-            update_period_s=COUNTER_TICK_S,
+            detail=f"NVML total energy counter of the board, driver {driver}; ticks every {1e3 * tick_s:.0f} ms",
+            update_period_s=tick_s,
+            power_limit_w=limit_w,
             poll_s=1.0,
         )
     instant_w = guarded(lambda: _instant_watts(nvml, handle))
@@ -71,22 +75,9 @@ def nvml_reader(uuid: str, *, nvml: Any = None, settle_s: float = 0.5) -> PowerR
             detail=f"NVML {what} of the board every {SAMPLE_PERIOD_S:g} s, driver {driver}; no counter: {why_not}",
             period_s=SAMPLE_PERIOD_S,
             relative_error=0.05,
+            power_limit_w=limit_w,
         )
     return NullReader(f"chip {uuid} reports neither energy nor power through NVML: {why_not}")
-
-
-def _why_counter_is_unusable(energy_j: Callable[[], float], settle_s: float) -> str | None:
-    """None when the counter is there and moves; an idle board draws tens of watts, so it must."""
-    try:
-        start_j = energy_j()
-        deadline_s = time.monotonic() + settle_s
-        while time.monotonic() < deadline_s:
-            time.sleep(min(COUNTER_TICK_S / 4, settle_s))
-            if energy_j() > start_j:
-                return None
-    except ChipError as err:
-        return str(err)
-    return f"the energy counter did not move in {settle_s:g} s"
 
 
 def _instant_watts(nvml: Any, handle: Any) -> float:
@@ -95,6 +86,14 @@ def _instant_watts(nvml: Any, handle: Any) -> float:
     if field.nvmlReturn != nvml.NVML_SUCCESS:
         raise nvml.NVMLError(field.nvmlReturn)
     return float(field.value.uiVal) / 1e3
+
+
+def _power_limit_w(nvml: Any, handle: Any) -> float | None:
+    """The cap in force; None where the driver does not tell."""
+    try:
+        return float(nvml.nvmlDeviceGetEnforcedPowerLimit(handle)) / 1e3
+    except nvml.NVMLError:
+        return None
 
 
 def _is_mig(nvml: Any, handle: Any) -> bool:

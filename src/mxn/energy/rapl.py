@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mxn.energy.counter import CounterReader, CounterTracker
-from mxn.energy.reader import NullReader, PowerReader, Scope
+from mxn.energy.counter import CounterReader, CounterTracker, measure_tick_s
+from mxn.energy.reader import Loss, NullReader, PowerReader, Scope
 
 POWERCAP = Path("/sys/class/powercap")
 POLL_S = 5.0
@@ -35,26 +34,31 @@ def rapl_reader(*, root: Path = POWERCAP, burn_s: float = 0.05) -> PowerReader:
     except PermissionError as err:
         return NullReader(
             f"RAPL is there but only root may read it ({err.filename}); to allow it: "
-            f"sudo chmod a+r {root}/intel-rapl:*/energy_uj {root}/intel-rapl:*:*/energy_uj"
+            f"sudo chmod a+r {root}/intel-rapl:*/energy_uj {root}/intel-rapl:*:*/energy_uj",
+            Loss.DENIED,
         )
     except (OSError, ValueError) as err:
-        return NullReader(f"RAPL counters are damaged: {err}")
+        return NullReader(f"RAPL counters are damaged: {err}", Loss.NOT_A_NUMBER)
     if not domains:
         return NullReader(f"no RAPL counters under {root} (usual in virtual machines and on non-x86 chips)")
-    before = [domain.read_joules() for domain in domains]
-    _burn(burn_s)
-    for domain, joules in zip(domains, before, strict=True):
-        if domain.name.startswith("package") and domain.read_joules() == joules:
-            return NullReader(f"the RAPL counter {domain.name} does not move under load: not trusted")
+    tick_s = 0.0
+    for domain in domains:
+        if domain.name.startswith("package"):
+            package_tick_s = measure_tick_s(domain.read_joules, longest_s=burn_s, pause_s=0)
+            if package_tick_s is None:
+                reason = f"the RAPL counter {domain.name} does not move under load: not trusted"
+                return NullReader(reason, Loss.FROZEN)
+            tick_s = max(tick_s, package_tick_s)
     names = ", ".join(domain.name for domain in domains)
     readers: list[Callable[[], float]] = [domain.read_joules for domain in domains]
     return CounterReader(
         readers,
         [CounterTracker(wrap_j=domain.wrap_j, freeze_after_s=4 * POLL_S) for domain in domains],
         name="rapl",
-        detail=f"RAPL counters {names} of the whole host, whatever runs on it",
+        detail=f"RAPL counters {names} of the whole host, whatever runs on it; they tick every {1e3 * tick_s:.2g} ms",
         scope=Scope.DEVICE,
-        update_period_s=0.001,
+        update_period_s=tick_s,
+        power_limit_w=_power_limit_w(domains),
         poll_s=POLL_S,
     )
 
@@ -77,7 +81,13 @@ def _domains(root: Path) -> list[_Domain]:
     return found
 
 
-def _burn(seconds: float) -> None:
-    end_s = time.monotonic() + seconds
-    while time.monotonic() < end_s:
-        sum(range(1000))
+def _power_limit_w(domains: list[_Domain]) -> float | None:
+    """The long-term limits of all packages together, None when one of them shows none."""
+    total_w = 0.0
+    for domain in domains:
+        if domain.name.startswith("package"):
+            try:
+                total_w += int((domain.path / "constraint_0_power_limit_uw").read_text()) / 1e6
+            except (OSError, ValueError):
+                return None
+    return total_w or None

@@ -29,20 +29,38 @@ class Scope(StrEnum):
     FACILITY = "facility"
 
 
+class Loss(StrEnum):
+    """Why energy is not known, for programs; the sentence beside it is for people."""
+
+    ABSENT = "absent"  # there is no such source here
+    DENIED = "denied"  # it is there and may not be read
+    SHARED = "shared"  # it covers more than the chip in question, as with MIG
+    GONE = "gone"  # it was there and stopped answering
+    NOT_A_NUMBER = "not_a_number"
+    WENT_BACK = "went_back"
+    JUMPED = "jumped"
+    FROZEN = "frozen"
+    GAP = "gap"  # no sample for too long
+    TOO_SHORT = "too_short"  # the window is too short for the source's tick
+    NO_CHANGE = "no_change"  # the counter shows nothing for the window
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reading:
     """Cumulative energy at one moment.
 
-    energy_j: joules since an arbitrary start; None when unavailable (then `reason` says why). Never decreases.
+    energy_j: joules since an arbitrary start, never decreasing; None when unavailable (`reason` and `loss` say why).
     time_s: monotonic seconds at which the value held.
-    num_breaks: times the source lost energy so far (reset, jump, gap). Two readings may be subtracted only when
-      these are equal.
+    num_breaks: times the source lost energy so far (reset, jump, gap), the newest being `last_break`. Two readings may
+      be subtracted only when their numbers are equal.
     """
 
     energy_j: float | None
     time_s: float
     reason: str | None = None
+    loss: Loss | None = None
     num_breaks: int = 0
+    last_break: Loss | None = None
 
 
 class PowerReader(Protocol):
@@ -52,6 +70,8 @@ class PowerReader(Protocol):
     detail: one sentence: what is read, from where, and its limits.
     relative_error: 1.0 means within a factor of two; None when the source states none.
     update_period_s: how stale a value may be; a window's edge error is this over its length. 0 when always current.
+      Counters measure it when they are opened.
+    power_limit_w: the cap that the chip is set to; None when unknown. mxn reads it and never changes it.
     """
 
     name: str
@@ -60,6 +80,7 @@ class PowerReader(Protocol):
     detail: str
     relative_error: float | None
     update_period_s: float
+    power_limit_w: float | None
 
     def read(self) -> Reading:
         """The counter now. Never raises for a source that went away: the reading says so."""
@@ -76,12 +97,14 @@ class NullReader:
     scope = Scope.DEVICE
     relative_error: float | None = None
     update_period_s = 0.0
+    power_limit_w: float | None = None
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, loss: Loss = Loss.ABSENT) -> None:
         self.detail = reason
+        self.loss = loss
 
     def read(self) -> Reading:
-        return Reading(energy_j=None, time_s=time.monotonic(), reason=self.detail)
+        return Reading(energy_j=None, time_s=time.monotonic(), reason=self.detail, loss=self.loss)
 
     def close(self) -> None:
         pass

@@ -19,6 +19,7 @@ class ReplayReader:
 
     kind = ReaderKind.REPLAY
     scope = Scope.DEVICE
+    power_limit_w: float | None = None
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from mxn.core.clock import Clock, SystemClock
 from mxn.energy.counter import MAX_PLAUSIBLE_W, Poller
-from mxn.energy.reader import ReaderKind, Reading, Scope
+from mxn.energy.reader import Loss, ReaderKind, Reading, Scope
 from mxn.errors import ChipError
 
 
@@ -20,38 +20,49 @@ class PowerIntegrator:
         self._total_j = 0.0
         self._last: tuple[float, float] | None = None  # (watts, seconds)
         self._num_breaks = 0
+        self._last_break: Loss | None = None
         self._reason: str | None = "no sample yet"
+        self._loss = Loss.GAP
 
     def add(self, watts: float, now_s: float) -> None:
         """Takes one sample; NaN, infinite, negative and implausible ones are dropped and leave a gap."""
         if not math.isfinite(watts) or not 0 <= watts <= MAX_PLAUSIBLE_W:
-            self._reason = f"the sensor returned {watts} W"
+            self.missed(f"the sensor returned {watts} W", Loss.NOT_A_NUMBER)
             return
         if self._last is not None:
             last_w, last_s = self._last
             gap_s = now_s - last_s
             if gap_s > self._max_gap_s:
                 self._num_breaks += 1
+                self._last_break = Loss.GAP
             elif gap_s > 0:
                 self._total_j += 0.5 * (last_w + watts) * gap_s
         self._last, self._reason = (watts, now_s), None
 
-    def missed(self, reason: str) -> None:
+    def missed(self, reason: str, loss: Loss = Loss.GONE) -> None:
         """Notes that a sample could not be taken."""
-        self._reason = reason
+        self._reason, self._loss = reason, loss
 
     def reading(self, now_s: float) -> Reading:
         """Energy up to the last sample; unavailable when that is older than the longest gap."""
         if self._last is None or now_s - self._last[1] > self._max_gap_s:
             reason = self._reason or f"no sample for {now_s - (self._last or (0, now_s))[1]:.1f} s"
-            return Reading(energy_j=None, time_s=now_s, reason=reason, num_breaks=self._num_breaks)
-        return Reading(energy_j=self._total_j, time_s=self._last[1], num_breaks=self._num_breaks)
+            loss = self._loss if self._reason else Loss.GAP
+            return Reading(
+                energy_j=None,
+                time_s=now_s,
+                reason=reason,
+                loss=loss,
+                num_breaks=self._num_breaks,
+                last_break=self._last_break,
+            )
+        return Reading(
+            energy_j=self._total_j, time_s=self._last[1], num_breaks=self._num_breaks, last_break=self._last_break
+        )
 
 
 class SampledReader:
     """A power reader that samples `read_watts` every `period_s` seconds, and once more at every reading."""
-
-    kind = ReaderKind.SAMPLED
 
     def __init__(
         self,
@@ -62,9 +73,12 @@ class SampledReader:
         period_s: float,
         relative_error: float | None,
         scope: Scope = Scope.DEVICE,
+        kind: ReaderKind = ReaderKind.SAMPLED,
+        power_limit_w: float | None = None,
         clock: Clock | None = None,
         starts_thread: bool = True,
     ) -> None:
+        self.kind, self.power_limit_w = kind, power_limit_w
         self.name, self.detail, self.scope, self.relative_error = name, detail, scope, relative_error
         self.update_period_s = period_s
         self._read_watts = read_watts
