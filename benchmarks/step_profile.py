@@ -79,7 +79,7 @@ def main() -> None:
 
     watch = Stopwatch()
     watch.wrap(torch_runner, "build_inputs", "inputs")
-    watch.wrap(torch_runner, "_finish", "sampling")
+    watch.wrap(torch_runner, "finish_step", "sampling")
     watch.wrap(quantise, "int8_linear", "linear layers")
     watch.wrap(quantise, "rms_norm", "norms")
     watch.wrap(torch.nn.functional, "linear", "linear layers")

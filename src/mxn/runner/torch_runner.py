@@ -42,7 +42,9 @@ class LoadPlan:
       answers with notes, or None.
     make_attention, block_bytes: like an `AttentionBackend` class and its `bytes_per_block`.
     free_bytes: memory the KV cache may be taken from, asked once the weights are loaded.
-    make_forward: builds the program that computes a step.
+    takes_rest: whether an "auto" KV cache takes all of that, or no more than what the settings' sequences need.
+    profile: sees the loaded model and its layers before the cache is made and answers with notes, or None.
+    make_forward: builds the program that computes a step. make_runner: like `TorchRunner`, or None for it.
     notes: choices made so far, one sentence each.
     """
 
@@ -53,7 +55,10 @@ class LoadPlan:
     block_bytes: Callable[[Sequence[LayerKV], int], int]
     free_bytes: Callable[[], int]
     quantise: Callable[[PreTrainedModel], Sequence[str]] | None = None
+    takes_rest: bool = False
+    profile: Callable[[PreTrainedModel, Sequence[LayerKV], Sequence[int | None]], Sequence[str]] | None = None
     make_forward: ForwardFactory = module_forward
+    make_runner: Callable[..., TorchRunner] | None = None
     threads: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -101,7 +106,7 @@ class TorchRunner:
             if "can't allocate memory" in str(error):
                 raise OutOfMemoryError(f"a step of {batch.num_tokens} tokens did not fit: {error}") from error
             raise
-        return _finish(logits, inputs, batch.sequences)
+        return finish_step(logits, inputs, batch.sequences)
 
     @torch.inference_mode()
     def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None:
@@ -116,8 +121,8 @@ class TorchRunner:
         longest = min(self._max_step_tokens, self.max_context, self.num_blocks * self.block_size)
         shapes.append((1, longest))
         for num_seqs, num_tokens in shapes:
-            self.execute(self._dummy_batch(num_seqs, num_tokens))
-            self.execute(self._dummy_batch(num_seqs, num_tokens))
+            self.execute(dummy_batch(num_seqs, num_tokens, self.block_size))
+            self.execute(dummy_batch(num_seqs, num_tokens, self.block_size))
         names = tuple(f"{num_seqs} x {num_tokens} tokens" for num_seqs, num_tokens in shapes)
         return names, time.perf_counter() - started_s
 
@@ -125,26 +130,6 @@ class TorchRunner:
         """Drops weights and KV cache. Safe to call twice."""
         self._forward = None
         self._attention = None
-
-    def _dummy_batch(self, num_seqs: int, num_tokens: int) -> StepBatch:
-        blocks_each = -(-num_tokens // self.block_size)
-        return StepBatch(
-            step_id=0,
-            sequences=tuple(
-                SequenceStep(
-                    seq_id=index,
-                    token_ids=[0] * num_tokens,
-                    start=0,
-                    block_ids=range(index * blocks_each, (index + 1) * blocks_each),
-                    is_sampled=True,
-                    sampling=SamplingParams(temperature=0.0),
-                    seed=0,
-                    num_prompt_tokens=num_tokens,
-                    num_output_tokens=0,
-                )
-                for index in range(num_seqs)
-            ),
-        )
 
 
 @torch.inference_mode()
@@ -172,12 +157,16 @@ def load_runner(model: Model, settings: LoadSettings, plan: LoadPlan, progress: 
 
     windows = layer_windows(config.to_dict())
     layers = discover_layers(loaded, windows)
+    if plan.profile is not None:
+        progress("profile", 0.0)
+        notes += plan.profile(loaded, layers, windows)
+        progress("profile", 1.0)
     progress("kv-cache", 0.0)
     attention, kv_bytes, kv_notes = _make_cache(layers, max_context, settings, plan)
     progress("kv-cache", 1.0)
     forward = plan.make_forward(loaded, attention, windows)
     notes += kv_notes
-    return TorchRunner(
+    return (plan.make_runner or TorchRunner)(
         plan=plan,
         forward=forward,
         attention=attention,
@@ -187,6 +176,28 @@ def load_runner(model: Model, settings: LoadSettings, plan: LoadPlan, progress: 
         weight_bytes=tensor_bytes(loaded),
         kv_bytes=kv_bytes,
         notes=(*notes, f"forward: {forward.name}"),
+    )
+
+
+def dummy_batch(num_seqs: int, num_tokens: int, block_size: int) -> StepBatch:
+    """New sequences of so many tokens each, greedily sampled, over the first blocks of the cache."""
+    blocks_each = -(-num_tokens // block_size)
+    return StepBatch(
+        step_id=0,
+        sequences=tuple(
+            SequenceStep(
+                seq_id=index,
+                token_ids=[0] * num_tokens,
+                start=0,
+                block_ids=range(index * blocks_each, (index + 1) * blocks_each),
+                is_sampled=True,
+                sampling=SamplingParams(temperature=0.0),
+                seed=0,
+                num_prompt_tokens=num_tokens,
+                num_output_tokens=0,
+            )
+            for index in range(num_seqs)
+        ),
     )
 
 
@@ -205,8 +216,10 @@ def _make_cache(
     """The attention backend with its cache, its bytes, and notes on its size."""
     block_bytes = plan.block_bytes(layers, settings.block_size)
     blocks_each = -(-max_context // settings.block_size)
-    wanted = -(-settings.auto_kv_tokens(max_context) // settings.block_size)
-    budget = settings.kv_bytes if settings.kv_bytes is not None else min(plan.free_bytes(), wanted * block_bytes)
+    wanted = -(-settings.auto_kv_tokens(max_context) // settings.block_size) * block_bytes
+    budget = settings.kv_bytes
+    if budget is None:
+        budget = plan.free_bytes() if plan.takes_rest else min(plan.free_bytes(), wanted)
     num_blocks = budget // block_bytes
     source = "auto" if settings.kv_bytes is None else "set"
     if num_blocks < 1:
@@ -229,7 +242,7 @@ def _make_cache(
     return attention, num_blocks * block_bytes, notes
 
 
-def _finish(logits: torch.Tensor, inputs: StepInputs, sequences: Sequence[SequenceStep]) -> StepResult:
+def finish_step(logits: torch.Tensor, inputs: StepInputs, sequences: Sequence[SequenceStep]) -> StepResult:
     """Prompt logprobs and drawn tokens out of a step's logits."""
     ranges = inputs.row_ranges
     sampled = [index for index, sequence in enumerate(sequences) if sequence.is_sampled]
