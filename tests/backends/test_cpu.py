@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mxn.backends import cpu
+from mxn.backends import host
 from mxn.backends.cpu import CpuBackend
 from mxn.backends.registry import load_backend
 from mxn.core.chip import Chip
@@ -59,8 +59,8 @@ def test_chip_names_what_the_process_may_use() -> None:
 
 
 def test_container_quota_limits_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_cgroup_cores", lambda: 0.5)
-    assert cpu.usable_cores() == 1
+    monkeypatch.setattr(host, "_cgroup_cores", lambda: 0.5)
+    assert host.usable_cores() == 1
 
 
 def test_refused_architecture_has_its_reason() -> None:

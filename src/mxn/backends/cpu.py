@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import os
-import platform
-import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-
-import psutil
 
 from mxn.backends.base import Backend, Capabilities, Executor, LoadProgress, MemoryEstimate, Probe, Support
+from mxn.backends.host import available_memory_bytes, cpu_chip, usable_cores
 from mxn.backends.torch_executor import TorchExecutor
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
@@ -21,10 +15,6 @@ from mxn.energy.reader import PowerReader
 
 _NEEDED = ("torch", "transformers", "safetensors")
 _QUANTISATIONS = ("int8", "fp32", "bf16")
-_FEATURES = (
-    "avx2 fma f16c avx_vnni avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 "
-    "asimd asimddp i8mm bf16 sve sve2"
-)
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0}
 _LIBRARY_BYTES = 450e6  # resident size of torch and transformers after loading one model class
 _AUTO_KV_SHARE = 0.5
@@ -50,19 +40,7 @@ class CpuBackend(Backend):
     def chips(self) -> Sequence[Chip]:
         if self.probe().state != "active":
             return ()
-        facts = _cpu_facts()
-        return (
-            Chip(
-                uid="cpu-0",
-                kind=None,
-                name=facts.pop("name"),
-                vendor=facts.pop("vendor"),
-                memory_bytes=available_memory_bytes(),
-                cores=usable_cores(),
-                features=tuple(facts.pop("features").split()),
-                facts=facts,
-            ),
-        )
+        return (cpu_chip(),)
 
     def capabilities(self, chip: Chip) -> Capabilities:
         return Capabilities(
@@ -116,66 +94,6 @@ class CpuBackend(Backend):
             model, settings, cores=usable_cores(), free_bytes=available_memory_bytes, progress=progress
         )
         return TorchExecutor(runner)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on: its affinity, and no more than its container's quota."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cgroup_cores()
-    return max(1, min(affinity, math.ceil(quota))) if quota else affinity
-
-
-def available_memory_bytes() -> int:
-    """Memory that can be taken now: what the host has free, and no more than the container's limit leaves."""
-    available = psutil.virtual_memory().available
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        limit, usage = _read_number(limit_file), _read_number(usage_file)
-        if limit is not None and usage is not None:
-            available = min(available, max(0, limit - usage))
-    return available
-
-
-def _cgroup_cores() -> float | None:
-    """CPU time quota of the container in cores, or None when there is none."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        pass
-    old_quota = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
-    old_period = _read_number("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
-    return old_quota / old_period if old_quota and old_period and old_quota > 0 else None
-
-
-def _read_number(path: str) -> int | None:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _cpu_facts() -> dict[str, str]:
-    """Name, vendor and features of the CPU, and what else tells one from another."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    fields = {key.strip(): value.strip() for key, value in re.findall(r"^([^:\n]+):(.*)$", text, re.MULTILINE)}
-    flags = set((fields.get("flags") or fields.get("Features") or "").split())
-    facts = {
-        "name": fields.get("model name") or platform.processor() or platform.machine(),
-        "vendor": fields.get("vendor_id") or fields.get("CPU implementer") or "unknown",
-        "features": " ".join(name for name in _FEATURES.split() if name in flags),
-        "machine": platform.machine(),
-        "family": fields.get("cpu family", ""),
-        "model": fields.get("model", ""),
-        "stepping": fields.get("stepping", ""),
-        "sockets": str(len(set(re.findall(r"^physical id\s*:\s*(\d+)", text, re.MULTILINE))) or 1),
-    }
-    return {key: value for key, value in facts.items() if value or key == "features"}
 
 
 def _estimate_weights(model: ModelSpec, quantisation: str) -> Quantity:
