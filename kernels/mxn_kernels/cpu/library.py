@@ -25,6 +25,7 @@ ENTRY_POINTS = {
     "mxn_plan_destroy": (None, [_POINTER]),
     "mxn_pack_int8": (_LONG, [_POINTER, _POINTER, _LONG, _LONG, _POINTER, _POINTER]),
     "mxn_int8_linear": (_INT, [_POINTER, _POINTER, _POINTER, _LONG, _POINTER]),
+    "mxn_int8_experts": (_LONG, [_POINTER, _POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _POINTER]),
     "mxn_rms_norm": (None, [_POINTER, _POINTER, _POINTER, _LONG, _INT, _FLOAT, _FLOAT, _POINTER]),
     "mxn_paged_attention": (_INT, [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER]),
     "mxn_copy_blocks": (None, [_POINTER, _LONG, _POINTER, _LONG]),
