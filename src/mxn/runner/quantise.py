@@ -1,4 +1,4 @@
-"""8-bit weights for any decoder: a loaded model's linear layers and RMS norms become kernels of `mxn_kernels`.
+"""8-bit weights for any decoder: a loaded model's linear layers, experts and RMS norms become kernels of `mxn_kernels`.
 
 Nothing is replaced on trust. Each new module is compared with the one it replaces on random input; what differs stays
 as it was and is named in the report.
@@ -6,7 +6,7 @@ as it was and is named in the report.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mxn.attention.paged import prepare_cpu_kernels
 from mxn.errors import ModelError
+from mxn.runner.experts import KernelExperts, NotExperts, are_experts, pack_experts
 
 MAX_LINEAR_ERROR = 0.05
 """Relative error (2-norm, normal input) above which a layer keeps its floats; well-behaved weights give 0.01."""
@@ -31,19 +32,28 @@ CHECK_ROWS = 3
 
 @dataclass(kw_only=True)
 class QuantisationReport:
-    """What was replaced, what was not and why. `kept` holds one line per module."""
+    """What was replaced, what was not and why. `kept`: (module or parameter, reason)."""
 
     isa: str
     linears: int = 0
+    experts: int = 0
     norms: int = 0
     weight_bytes: int = 0
     float_bytes: int = 0
-    kept: list[str] = field(default_factory=list)
+    kept: list[tuple[str, str]] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """For the log and the replica's notes."""
-        done = f"int8 ({self.isa}): {self.linears} linear layers and {self.norms} norms replaced, {len(self.kept)} kept"
-        return [done, *self.kept]
+        """For the log and the replica's notes; what was kept for one reason in one line."""
+        experts = f", {self.experts} mixtures of experts" if self.experts else ""
+        done = f"{self.linears} linear layers{experts} and {self.norms} norms replaced, {len(self.kept)} kept"
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.kept:
+            reasons.setdefault(reason, []).append(name)
+        return [f"int8 ({self.isa}): {done}", *(f"{_listed(names)}: {reason}" for reason, names in reasons.items())]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 class Int8Linear(nn.Module):
@@ -83,8 +93,7 @@ class KernelRMSNorm(nn.Module):
 def quantise_int8(model: nn.Module, *, threads: int, isa: str | None = None) -> QuantisationReport:
     """Replaces linear layers (the output head too) and RMS norms in place; every other parameter becomes float32.
 
-    A head tied to the embedding gets its own 8-bit copy, the embedding stays. Experts stored as stacked 3-D parameters
-    stay in float32. Float weights are freed layer by layer.
+    A head tied to the embedding gets its own 8-bit copy, the embedding stays. Float weights are freed layer by layer.
 
     Raises: ModelError naming a tensor that holds NaN or infinity; KernelUnavailableError with the reason.
     """
@@ -97,6 +106,8 @@ def quantise_int8(model: nn.Module, *, threads: int, isa: str | None = None) -> 
             fresh = _quantised(name, module, workspace, generator, report)
         elif "RMSNorm" in type(module).__name__:
             fresh = _fused_norm(name, module, workspace, generator, report)
+        elif are_experts(module):
+            fresh = _packed_experts(name, module, workspace, generator, report)
         else:
             _note_unknown(name, module, report)
             continue
@@ -126,13 +137,25 @@ def _quantised(
     expected = functional.linear(x, weight.float(), bias)
     error = _relative_error(int8_linear(x, packed, workspace=workspace), expected)
     if not error <= MAX_LINEAR_ERROR:
-        report.kept.append(
-            f"{name}: 8 bits would be off by {error:.1%}, more than {MAX_LINEAR_ERROR:.0%}; kept in float32"
-        )
+        reason = f"8 bits would be off by {error:.1%}, more than {MAX_LINEAR_ERROR:.0%}; kept in float32"
+        report.kept.append((name, reason))
         return None
     report.linears += 1
     report.weight_bytes += packed.num_bytes
     return Int8Linear(packed, workspace)
+
+
+def _packed_experts(
+    name: str, module: nn.Module, workspace: Workspace, generator: torch.Generator, report: QuantisationReport
+) -> KernelExperts | None:
+    try:
+        fresh = pack_experts(name, module, workspace, generator)
+    except NotExperts as reason:
+        report.kept.append((name, f"{type(module).__name__}: {reason}; kept in float32"))
+        return None
+    report.experts += 1
+    report.weight_bytes += fresh.packed.num_bytes
+    return fresh
 
 
 def _fused_norm(
@@ -145,7 +168,7 @@ def _fused_norm(
         (v for v in (getattr(module, a, None) for a in ("variance_epsilon", "eps")) if isinstance(v, float)), None
     )
     if weight is None or weight.dim() != 1 or eps is None or next(module.children(), None) is not None:
-        report.kept.append(f"{name}: {kind} has no plain weight and epsilon; kept")
+        report.kept.append((name, f"{kind} has no plain weight and epsilon; kept"))
         return None
     if not torch.isfinite(weight).all():
         raise ModelError(f"{name}.weight holds NaN or infinity; the weights are damaged")
@@ -154,7 +177,7 @@ def _fused_norm(
     try:
         expected = module(x.to(weight.dtype)).float()
     except (RuntimeError, TypeError) as error:
-        report.kept.append(f"{name}: {kind} does not take one tensor ({error}); kept")
+        report.kept.append((name, f"{kind} does not take one tensor ({error}); kept"))
         return None
     tolerance = MAX_NORM_ERROR if weight.dtype is torch.float32 else 4 * torch.finfo(weight.dtype).eps
     for offset in (0.0, 1.0):
@@ -162,7 +185,7 @@ def _fused_norm(
         if _relative_error(fresh(x.to(weight.dtype).float()), expected) <= tolerance:
             report.norms += 1
             return fresh
-    report.kept.append(f"{name}: {kind} is not a root-mean-square norm of its weight; kept")
+    report.kept.append((name, f"{kind} is not a root-mean-square norm of its weight; kept"))
     return None
 
 
@@ -171,7 +194,8 @@ def _note_unknown(name: str, module: nn.Module, report: QuantisationReport) -> N
         if not torch.isfinite(parameter).all():
             raise ModelError(f"{name}.{key} holds NaN or infinity; the weights are damaged")
         if not isinstance(module, nn.Embedding):
-            report.kept.append(f"{name}.{key}: {type(module).__name__} {tuple(parameter.shape)}; kept in float32")
+            reason = f"{type(module).__name__} {tuple(parameter.shape)}; kept in float32"
+            report.kept.append((f"{name}.{key}", reason))
 
 
 def _own_matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
