@@ -100,7 +100,7 @@ def test_bad_yaml_lists_every_fault_with_its_line(mxn: Mxn, tmp_path: Path) -> N
 def test_chips_as_json_names_backends_and_power(mxn: Mxn) -> None:
     found = json.loads(mxn("chips", "--json").out)
     assert {entry["name"] for entry in found["backends"]} >= {"cpu", "fake"}
-    fake = next(entry for entry in found["chips"] if entry["backend"] == "fake")
+    fake = next(entry for entry in found["chips"] if entry["backends"] == ["fake"])
     assert fake["power"]["kind"] == "none"
 
 

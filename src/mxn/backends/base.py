@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from mxn.backends.contract import API_VERSION, check_class, check_version
 from mxn.core.batch import StepBatch, StepResult
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
@@ -20,7 +21,22 @@ from mxn.core.quantity import Quantity
 from mxn.energy.reader import PowerReader
 from mxn.errors import BackendError
 
-API_VERSION = 1
+__all__ = [  # API_VERSION is defined where it is checked
+    "API_VERSION",
+    "Backend",
+    "Capabilities",
+    "Executor",
+    "ExecutorInfo",
+    "KVCopy",
+    "LoadProgress",
+    "MemoryEstimate",
+    "PagedKV",
+    "Probe",
+    "ServerSpec",
+    "SlotKV",
+    "Support",
+    "WarmUp",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +73,8 @@ class Capabilities:
     has_multi_token_verify: a decoding sequence may be given several tokens in one step.
     has_graph_capture: steps are captured or compiled ahead, so `warm_up` takes noticeable time.
     can_share_chip: several replicas may hold the same chip.
+    is_scripted: tokens are made up, not computed from the model's weights, as on a simulated chip for tests; nobody is
+      served by it who did not ask for it by name.
     dtypes, quantisations: names as in `LoadSettings.quantisation`.
     """
 
@@ -66,6 +84,7 @@ class Capabilities:
     has_multi_token_verify: bool
     has_graph_capture: bool
     can_share_chip: bool
+    is_scripted: bool = False
     dtypes: tuple[str, ...] = ()
     quantisations: tuple[str, ...] = ()
 
@@ -138,6 +157,9 @@ class Executor(ABC):
     kv: PagedKV | SlotKV
     info: ExecutorInfo
 
+    def __init_subclass__(cls) -> None:
+        check_class(cls, Executor)
+
     @abstractmethod
     def warm_up(self) -> WarmUp:
         """Compiles, captures and touches what requests will need, so the first request is as fast as later ones."""
@@ -192,6 +214,10 @@ class Backend(ABC):
     name: ClassVar[str]
     api_version: ClassVar[int] = API_VERSION
 
+    def __init_subclass__(cls) -> None:
+        check_version(cls, cls.api_version)
+        check_class(cls, Backend, one_of=("load", "serve"))
+
     @abstractmethod
     def probe(self) -> Probe:
         """Says whether this backend works here. Under two seconds, without torch; never raises for absence."""
@@ -215,6 +241,13 @@ class Backend(ABC):
     @abstractmethod
     def power(self, chip: Chip) -> PowerReader:
         """The best power reader for the chip; a `NullReader` with the reason where there is none."""
+
+    def memory_used(self, chip: Chip, pid: int) -> Quantity:
+        """Bytes of the chip's memory that a process and its children hold now, counted by the driver or the system.
+
+        A replica's own figures are compared with it. Unavailable, with the reason, where there is no such meter.
+        """
+        return Quantity.unavailable("B", f"the {self.name} backend reads no memory meter")
 
     def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
         """Loads the model. Runs in the replica's process. A backend has either this or `serve`.

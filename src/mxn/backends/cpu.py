@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from mxn.backends.base import Backend, Capabilities, Executor, LoadProgress, MemoryEstimate, Probe, Support
-from mxn.backends.host import available_memory_bytes, cpu_chip, usable_cores
+from mxn.backends.host import available_memory_bytes, cpu_chip, resident_bytes, usable_cores
 from mxn.backends.torch_executor import TorchExecutor
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
@@ -86,6 +86,9 @@ class CpuBackend(Backend):
         from mxn.energy.cpu import cpu_power_reader
 
         return cpu_power_reader(chip)
+
+    def memory_used(self, chip: Chip, pid: int) -> Quantity:
+        return resident_bytes(pid)
 
     def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
         from mxn.runner.cpu import load_cpu_runner

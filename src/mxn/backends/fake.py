@@ -26,6 +26,7 @@ from mxn.backends.base import (
     Support,
     WarmUp,
 )
+from mxn.backends.host import resident_bytes
 from mxn.core.batch import SampledToken, SequenceStep, StepBatch, StepResult
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
@@ -175,6 +176,7 @@ class FakeBackend(Backend):
             has_multi_token_verify=False,
             has_graph_capture=False,
             can_share_chip=True,
+            is_scripted=True,
         )
 
     def supports(self, model: ModelSpec, chip: Chip) -> Support:
@@ -192,6 +194,9 @@ class FakeBackend(Backend):
 
     def power(self, chip: Chip) -> PowerReader:
         return NullReader("a simulated chip draws no power")
+
+    def memory_used(self, chip: Chip, pid: int) -> Quantity:
+        return resident_bytes(pid)
 
     def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
         options = FakeOptions(settings.options)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from mxn.core.chip import Chip
+from mxn.core.quantity import Provenance, Quantity
 
 _FEATURES = (
     "avx2 fma f16c avx_vnni avx512f avx512bw avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16 "
@@ -51,6 +52,16 @@ def available_memory_bytes() -> int:
         if limit is not None and usage is not None:
             available = min(available, max(0, limit - usage))
     return available
+
+
+def resident_bytes(pid: int) -> Quantity:
+    """Memory that a process and its children hold in RAM; what they reserved and never touched is not in it."""
+    try:
+        process = psutil.Process(pid)
+        total = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
+    except psutil.Error as error:
+        return Quantity.unavailable("B", f"process {pid} cannot be looked at: {error}")
+    return Quantity(value=float(total), unit="B", provenance=Provenance.MEASURED, source="resident set of its processes")
 
 
 def _cgroup_cores() -> float | None:

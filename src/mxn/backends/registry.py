@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from types import MappingProxyType
 
-from mxn.backends.base import API_VERSION, Backend, Probe
+from mxn.backends.base import Backend
 from mxn.errors import BackendError
 
 ENTRY_POINT_GROUP = "mxn.backends"
@@ -59,20 +59,4 @@ def load_backend(name: str) -> Backend:
         ) from error
     if not isinstance(backend, Backend):
         raise BackendError(f'backend "{name}" is a {type(backend).__name__}, expected a subclass of mxn Backend')
-    if backend.api_version not in (API_VERSION, API_VERSION - 1):
-        raise BackendError(
-            f'backend "{name}" speaks adapter version {backend.api_version}; '
-            f"this mxn speaks {API_VERSION} and {API_VERSION - 1}"
-        )
     return backend
-
-
-def probe_all() -> dict[str, Probe]:
-    """Probes every installed backend; one that cannot be imported or raises is reported as broken."""
-    probes = {}
-    for name in installed_backends():
-        try:
-            probes[name] = load_backend(name).probe()
-        except Exception as error:
-            probes[name] = Probe(state="broken", reason=str(error))
-    return probes

@@ -107,15 +107,16 @@ def _packages() -> Iterator[Finding]:
 
 
 def _backends() -> Iterator[Finding]:
-    from mxn.backends.registry import probe_all
+    from mxn.backends.survey import survey
 
     active = []
-    for name, probe in probe_all().items():
-        if probe.state == "broken":
-            yield Finding(f"backend {name}", "fail", probe.reason)
-        elif name != "fake":
-            yield Finding(f"backend {name}", "ok", f"{probe.state}: {probe.reason}")
-            active += [name] * (probe.state == "active")
+    for name, said in survey().items():
+        if said.probe.state == "broken":
+            todo = f"mxn backend doctor {name} says more; pip uninstall its package if nobody needs it"
+            yield Finding(f"backend {name}", "fail", said.probe.reason, todo)
+        elif not said.is_scripted:
+            yield Finding(f"backend {name}", "ok", f"{said.probe.state}: {said.probe.reason}")
+            active += [name] * (said.probe.state == "active")
     if not active:
         yield Finding("backends", "fail", "none is active", "pip install 'mxn[cpu]' gives the CPU backend")
 
@@ -150,25 +151,17 @@ def _kernels() -> Iterator[Finding]:
 
 
 def _power() -> Iterator[Finding]:
-    from mxn.backends.registry import load_backend, probe_all
+    from mxn.backends.survey import physical_chips, survey
     from mxn.energy.reader import ReaderKind
 
-    for name, probe in probe_all().items():
-        if probe.state != "active" or name == "fake":
-            continue
-        backend = load_backend(name)
-        for chip in backend.chips():
-            reader = backend.power(chip)
-            is_measured = reader.kind in (ReaderKind.COUNTER, ReaderKind.EXTERNAL, ReaderKind.SAMPLED)
-            yield Finding(
-                f"power of {chip.uid}",
-                "ok" if is_measured else "warn",
-                f"{reader.name}: {reader.detail}",
-                ""
-                if is_measured
-                else "figures stay marked as estimated; on bare metal, readable RAPL counters mend that",
-            )
-            reader.close()
+    for chip in physical_chips({name: said for name, said in survey().items() if not said.is_scripted}):
+        is_measured = chip.power.kind in (ReaderKind.COUNTER, ReaderKind.EXTERNAL, ReaderKind.SAMPLED)
+        yield Finding(
+            f"power of {chip.chip.uid}",
+            "ok" if is_measured else "warn",
+            f"{chip.power.name}: {chip.power.detail}",
+            "" if is_measured else "figures stay marked as estimated; on bare metal, readable RAPL counters mend that",
+        )
 
 
 def _memory() -> Iterator[Finding]:

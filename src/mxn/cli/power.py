@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from mxn.backends.registry import load_backend, probe_all
+from mxn.backends.registry import load_backend
+from mxn.backends.survey import survey
 from mxn.energy.reader import NullReader, PowerReader
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -16,11 +17,10 @@ def local_readers(url: str) -> tuple[PowerReader, ...]:
     if host not in LOOPBACK:
         return (NullReader(f"{host} is another machine: its power cannot be read from here"),)
     readers: dict[str, PowerReader] = {}
-    for name, probe in probe_all().items():
-        if probe.state != "active" or name == "fake":
+    for name, said in survey().items():
+        if said.is_scripted:
             continue
-        backend = load_backend(name)
-        for chip in backend.chips():
-            if chip.uid not in readers:
-                readers[chip.uid] = backend.power(chip)
+        for seen in said.chips:
+            if seen.chip.uid not in readers:
+                readers[seen.chip.uid] = load_backend(name).power(seen.chip)
     return tuple(readers.values()) or (NullReader("no backend is active here, so nobody can say what draws power"),)
