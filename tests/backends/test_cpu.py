@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mxn.backends import host
+from mxn.backends import cpu, host
 from mxn.backends.cpu import CpuBackend
 from mxn.backends.registry import load_backend
 from mxn.core.chip import Chip

@@ -61,7 +61,7 @@ def resident_bytes(pid: int) -> Quantity:
         total = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
     except psutil.Error as error:
         return Quantity.unavailable("B", f"process {pid} cannot be looked at: {error}")
-    return Quantity(value=float(total), unit="B", provenance=Provenance.MEASURED, source="resident set of its processes")
+    return Quantity(value=float(total), unit="B", provenance=Provenance.MEASURED, source="its resident set")
 
 
 def _cgroup_cores() -> float | None:
