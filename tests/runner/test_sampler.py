@@ -11,7 +11,8 @@ torch = pytest.importorskip("torch")
 
 from mxn.core.batch import SequenceStep  # noqa: E402
 from mxn.core.request import SamplingParams  # noqa: E402
-from mxn.runner.sampler import NOT_FINITE, prompt_logprobs, sample, uniform  # noqa: E402
+from mxn.core.uniform import uniform  # noqa: E402
+from mxn.runner.sampler import NOT_FINITE, prompt_logprobs, sample  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

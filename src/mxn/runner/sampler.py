@@ -17,11 +17,11 @@ import torch
 
 from mxn.core.batch import SampledToken, SequenceStep
 from mxn.core.request import SamplingParams, TokenLogprob
+from mxn.core.uniform import uniform
 
 _MIN_TEMPERATURE = 1e-6  # below, (logit - max) / temperature leaves float32's range
 _CANDIDATES = (64, 1024)  # how many of the likeliest tokens top-k and top-p look at before they look at all
 _DRAW_BLOCK = 256
-_MASK64 = 2**64 - 1
 NOT_FINITE = "the model's logits hold NaN or infinity, so no token can be drawn"
 
 
@@ -68,19 +68,6 @@ def prompt_logprobs(logits: torch.Tensor, step: SequenceStep) -> tuple[TokenLogp
     if not targets:
         return ()
     return _token_logprobs(logits[: len(targets)].float(), targets, [step.sampling.num_prompt_logprobs] * len(targets))
-
-
-def uniform(seed: int, counter: int) -> float:
-    """The `counter`-th number in [0, 1) of the generator with this seed: two rounds of splitmix64 (Steele, 2014)."""
-    state = _mix64(_mix64(seed & _MASK64) + counter * 0x9E3779B97F4A7C15)
-    return (state >> 11) * 2.0**-53
-
-
-def _mix64(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
 
 
 def _argmax(logits: torch.Tensor) -> tuple[list[int], np.ndarray]:
