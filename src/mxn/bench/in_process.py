@@ -65,6 +65,7 @@ class InProcessArm:
                 max_step_tokens=settings.max_step_tokens,
                 prefix_cache=settings.prefix_cache,
                 fingerprint=model.revision,
+                has_mixed_steps=backend.capabilities(chip).has_mixed_steps,
             ),
         )
         info = executor.info
@@ -80,8 +81,11 @@ class InProcessArm:
         )
         return cls(engine, subject, encode=encode, readers=(backend.power(chip),))
 
-    async def run(self, prompts: Sequence[str], max_tokens: int, concurrency: int) -> list[RequestResult]:
-        """All prompts, `concurrency` sequences at a time. Blocks the event loop: nothing else runs in this process."""
+    async def run(self, prompts: Sequence[str | list[int]], max_tokens: int, concurrency: int) -> list[RequestResult]:
+        """All prompts, as text or token ids, `concurrency` sequences at a time.
+
+        Blocks the event loop: nothing else runs in this process.
+        """
         waiting = list(enumerate(prompts))[::-1]
         running: dict[int, _Running] = {}
         results: dict[int, RequestResult] = {}
@@ -90,7 +94,7 @@ class InProcessArm:
             while waiting and len(running) < concurrency:
                 index, prompt = waiting.pop()
                 start_s = time.perf_counter()
-                ids = self._encode(prompt)
+                ids = self._encode(prompt) if isinstance(prompt, str) else prompt
                 running[self._next_id] = _Running(index, start_s, len(ids))
                 self._engine.add(SequenceRequest(seq_id=self._next_id, prompt_token_ids=ids, sampling=sampling))
                 self._next_id += 1

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from mxn.config.environment import child_environment
 
-_DEFAULTS = {
+ENVIRONMENT = {
     # libgomp's caller otherwise spins for threads the system is not running; on two cores with a busy neighbour that
     # made steps of torch's own operators 10 to 20 times slower. It is read when torch is imported.
     "GOMP_SPINCOUNT": "0",
     "TOKENIZERS_PARALLELISM": "false",
 }
+"""Variables that a process with an engine in it gets unless this process's own environment says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ async def launch(environment: dict[str, str] | None = None) -> LocalProcess:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env=child_environment(environment, defaults=_DEFAULTS),
+            env=child_environment(environment, defaults=ENVIRONMENT),
             start_new_session=True,  # Ctrl-C reaches the gateway only, which then drains its replicas
         )
     except BaseException:
