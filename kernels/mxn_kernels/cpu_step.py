@@ -1,6 +1,6 @@
 """A whole decoder step in one call: embedding, layers over the paged cache, final norm, head for the rows asked for.
 
-The arithmetic is that of `int8_linear`, `rms_norm` and `paged_attention`, on the same packed weights and caches; what
+The arithmetic is that of `packed_linear`, `rms_norm` and `paged_attention`, on the same packed weights and caches; what
 lies between them (rotation, activation, residuals) is computed in the order in which transformers' modules do.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from mxn_kernels.cpu.library import Workspace, destroy_with
-from mxn_kernels.int8_linear import Int8Weight
+from mxn_kernels.packed_linear import PackedWeight
 from mxn_kernels.paged_attention import FAULTS, Fault, LayerCache, PagedBatch
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -46,11 +46,11 @@ class Layer:
     residual_factor: what a sublayer's result is multiplied with before it is added.
     """
 
-    qkv: tuple[Int8Weight, ...]
-    out: Int8Weight
-    gate: Int8Weight
-    up: Int8Weight
-    down: Int8Weight
+    qkv: tuple[PackedWeight, ...]
+    out: PackedWeight
+    gate: PackedWeight
+    up: PackedWeight
+    down: PackedWeight
     cache: LayerCache
     num_heads: int
     scaling: float
@@ -78,7 +78,7 @@ class Decoder:
     embedding: torch.Tensor
     layers: tuple[Layer, ...]
     final_norm: Norm
-    head: Int8Weight
+    head: PackedWeight
     embedding_scale: float = 1.0
     logit_factor: float = 1.0
     logit_softcap: float | None = None
@@ -244,7 +244,7 @@ def _check_layer(layer: Layer, hidden: int) -> None:
         raise ValueError(f"activation must be one of {', '.join(_COMBINE)}, found {layer.activation}")
 
 
-def _check_weight(name: str, weight: Int8Weight, shape: tuple[int, int]) -> None:
+def _check_weight(name: str, weight: PackedWeight, shape: tuple[int, int]) -> None:
     if (weight.n, weight.k) != shape:
         raise ValueError(f"{name} must be {shape[0]} x {shape[1]}, found {weight.n} x {weight.k}")
 

@@ -13,7 +13,8 @@ extern "C" {
 Workspace* mxn_workspace_create(int threads);
 void mxn_workspace_destroy(Workspace* space);
 int64_t mxn_pack_int8(Workspace* space, const float* weight, int64_t n, int64_t k, uint8_t* panels, float* scales);
-int mxn_int8_linear(Workspace* space, const Int8Weight* w, const float* x, int64_t rows, float* y);
+int64_t mxn_pack_groups(Workspace* space, const float* weight, int64_t n, int64_t k, Format format, uint8_t* panels);
+int mxn_linear(Workspace* space, const PackedWeight* w, const float* x, int64_t rows, float* y);
 void mxn_rms_norm(Workspace* space, const float* x, const float* weight, int64_t rows, int width, float eps, float offset, float* y);
 int mxn_paged_attention(Workspace* space, Plan* plan, const LayerCache* cache, const Batch* batch, const Operands* in, Fault* fault);
 int mxn_step(Workspace* space, std::vector<Plan>* plans, const Decoder* decoder, const StepInput* in, Fault* fault);
@@ -80,26 +81,31 @@ static void teams_come_and_go() {
 
 // ---------------------------------------------------------------- products and norms
 
+static const Format FORMATS[] = {INT8, Q4_0, Q8_0, Q4_1};
+
 struct Weight {
     Aligned<uint8_t> panels;
     std::vector<float> scales, bias;
-    Int8Weight view;
+    PackedWeight view;
 
-    Weight(int n, int k, Workspace* space) : panels(size_t((n + 31) / 32) * 32 * ((k + 15) / 16 * 16)), scales((n + 31) / 32 * 32), bias(scales.size()) {
-        view = {panels.data, scales.data(), bias.data(), n, k};
+    Weight(int n, int k, Format format, Workspace* space)
+        : panels(size_t((n + 31) / 32) * ((k + 31) / 32) * group_bytes(format)), scales((n + 31) / 32 * 32), bias(scales.size()) {
+        view = {panels.data, format == INT8 ? scales.data() : nullptr, bias.data(), n, k, format};
         std::vector<float> values = normal(size_t(n) * k);
-        expect(mxn_pack_int8(space, values.data(), n, k, panels.data, scales.data()) == -1, "packing");
+        int64_t bad = format == INT8 ? mxn_pack_int8(space, values.data(), n, k, panels.data, scales.data())
+                                     : mxn_pack_groups(space, values.data(), n, k, format, panels.data);
+        expect(bad == -1, "packing");
     }
 };
 
 static void products_and_norms_equal_one_thread(Workspace* alone, Workspace* many) {
     const int shapes[][3] = {{1, 40, 33}, {1, 300, 576}, {7, 65, 100}, {40, 200, 96}, {130, 96, 300}};
-    for (int turn = 0; turn < 6; turn++)
+    for (int turn = 0; turn < 8; turn++)
         for (auto [rows, n, k] : shapes) {
-            Weight w(n, k, many);
+            Weight w(n, k, FORMATS[turn % 4], many);
             std::vector<float> x = normal(size_t(rows) * k), one(size_t(rows) * n), other(one.size());
-            mxn_int8_linear(alone, &w.view, x.data(), rows, one.data());
-            mxn_int8_linear(many, &w.view, x.data(), rows, other.data());
+            mxn_linear(alone, &w.view, x.data(), rows, one.data());
+            mxn_linear(many, &w.view, x.data(), rows, other.data());
             expect(equal(one, other), "products are equal");
             std::vector<float> scale = normal(k), y(x.size()), z(x.size());
             mxn_rms_norm(alone, x.data(), scale.data(), rows, k, 1e-6f, 1.f, y.data());
@@ -170,7 +176,7 @@ static void steps_equal_one_thread(Workspace* alone, Workspace* many) {
     weights.reserve(LAYERS * 7 + 1);
     std::vector<Cache> caches[2];
     std::vector<float> norm = normal(HIDDEN), head_norm = normal(DIM), cos = normal(640 * DIM / 2), sin = normal(cos.size());
-    auto weight = [&](int n, int k) { return &weights.emplace_back(n, k, many).view; };
+    auto weight = [&](int n, int k) { return &weights.emplace_back(n, k, FORMATS[weights.size() % 4], many).view; };
     std::vector<Layer> layers[2];
     Norm whole{norm.data(), HIDDEN, 1e-6f, 1.f}, heads{head_norm.data(), DIM, 1e-6f, 0.f}, none{};
     for (int l = 0; l < LAYERS; l++) {
@@ -187,7 +193,7 @@ static void steps_equal_one_thread(Workspace* alone, Workspace* many) {
     for (int side : {0, 1})
         for (int l = 0; l < LAYERS; l++) layers[side][l].cache = &caches[side][l].view;
     std::vector<float> embedding = normal(VOCAB * HIDDEN);
-    const Int8Weight* head = weight(VOCAB, HIDDEN);
+    const PackedWeight* head = weight(VOCAB, HIDDEN);
     for (auto& lengths : BATCHES) {
         Ragged batch(lengths);
         std::vector<int64_t> rows{batch.view.num_tokens - 1, 0, 1};

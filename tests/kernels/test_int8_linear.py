@@ -140,7 +140,7 @@ def test_writes_nothing_outside_its_result(workspace: Workspace) -> None:
     packed = pack_int8(w, b, workspace=workspace)
     held = torch.full((5 * 45 + 64,), 7.0)
     y = held[32:-32]
-    workspace.library.int8_linear(workspace.handle, packed.address, x.data_ptr(), 5, y.data_ptr())
+    workspace.library.linear(workspace.handle, packed.address, x.data_ptr(), 5, y.data_ptr())
     assert torch.equal(y.view(5, 45), int8_linear(x, packed, workspace=workspace))
     assert (held[:32] == 7).all()
     assert (held[-32:] == 7).all()

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from mxn_kernels import KernelUnavailable
-from mxn_kernels.cpu import gemm_tiles
-from mxn_kernels.cpu.build import FLAGS, ISAS, SOURCES, best_isa
+from mxn_kernels.cpu.build import FLAGS, GENERATED, ISAS, SOURCES, best_isa
 
 pytestmark = pytest.mark.torch  # mxn_kernels.cpu loads torch
 
@@ -24,7 +23,8 @@ def test_stress_shows_no_fault(sanitizer: str, tmp_path: Path) -> None:
         isa = best_isa()
     except KernelUnavailable as error:
         pytest.skip(str(error))
-    (tmp_path / "gemm_tiles.inc").write_text(gemm_tiles.generate())
+    for name, generate in GENERATED.items():
+        (tmp_path / name).write_text(generate())
     flags = [flag for flag in FLAGS if flag not in ("-shared", "-fPIC", "-O3")]
     flags += ["-O1", "-g1", f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", *ISAS[isa]]
     sources = [*SOURCES.glob("*.cpp"), Path(__file__).parent / "stress.cpp"]

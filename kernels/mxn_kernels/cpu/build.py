@@ -21,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxn_kernels import environment
-from mxn_kernels.cpu import gemm_tiles
+from mxn_kernels.cpu import gemm_tiles, group_tiles
 from mxn_kernels.errors import KernelUnavailable
 
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
+GENERATED = {"gemm_tiles.inc": gemm_tiles.generate, "group_tiles.inc": group_tiles.generate}
+"""Files that the sources include and Python writes."""
+
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 300
 
@@ -98,7 +101,7 @@ def build(isa: str, *, extra_flags: tuple[str, ...] = ()) -> Path:
 
 
 def _digest(flags: tuple[str, ...], version: str, cpu: Cpu) -> str:
-    parts = [*flags, version, cpu.model, *sorted(cpu.flags), gemm_tiles.generate()]
+    parts = [*flags, version, cpu.model, *sorted(cpu.flags), *(generate() for generate in GENERATED.values())]
     for source in sorted(SOURCES.iterdir()):
         parts += [source.name, source.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
@@ -149,9 +152,10 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     """Builds beside `path` and renames, so a reader sees a whole library or none."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as name:
-        work = Path(name)
-        (work / "gemm_tiles.inc").write_text(gemm_tiles.generate())
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        work = Path(folder)
+        for name, generate in GENERATED.items():
+            (work / name).write_text(generate())
         sources = [str(source) for source in sorted(SOURCES.glob("*.cpp"))]
         command = [compiler, *flags, f"-I{SOURCES}", f"-I{work}", *sources, "-o", str(work / path.name)]
         logger.info("building CPU kernels: %s", path.name)

@@ -66,8 +66,7 @@ def _tile(shape: Shape, rows: int) -> Iterator[str]:
     for chain in range(chains):
         for r in range(rows):
             yield "    VecI " + ", ".join(f"c{chain}_{r}_{j} = zero_i()" for j in shape.columns) + ";"
-    for r in range(0, rows, 3):
-        yield f"    const int8_t* a{r} = a + {r} * lda;"
+    yield from row_pointers(rows)
     yield f"    for (int64_t k = 0; k < depth; k += {4 * steps}, w += {steps * 4 * PANEL}) {{"
     for step in range(steps):
         yield from _step(shape, rows, step, step % chains)
@@ -76,9 +75,16 @@ def _tile(shape: Shape, rows: int) -> Iterator[str]:
         for chain in range(1, chains):
             for j in shape.columns:
                 yield f"    c0_{r}_{j} = add_i(c0_{r}_{j}, c{chain}_{r}_{j});"
-        sums = ", ".join(f"c0_{r}_{j}" for j in shape.columns)
-        yield f"    out.store(row + {r}, {sums});"
+        yield f"    VecI surplus{r} = set_i(out.row_surplus[row + {r}]);"
+        sums = [f"sub_i(c0_{r}_{j}, surplus{r})" for j in shape.columns]
+        yield f"    out.store(row + {r}, {halves(sums)});"
     yield "}"
+
+
+def halves(sums: list[str]) -> str:
+    """Sums of a panel's lanes as two vectors of sixteen floats."""
+    middle = len(sums) // 2
+    return f"real({', '.join(sums[:middle])}), real({', '.join(sums[middle:])})"
 
 
 def _step(shape: Shape, rows: int, step: int, chain: int) -> Iterator[str]:
@@ -89,7 +95,7 @@ def _step(shape: Shape, rows: int, step: int, chain: int) -> Iterator[str]:
         for line in range(0, 4 * PANEL, 64):
             yield f"            prefetch(w + {offset + line} + PREFETCH_BYTES);"
     loads = [f"VecI w{j} = load_weights(w + {offset + weight_bytes * j});" for j in shape.columns]
-    inputs = [f"Inputs x{r} = broadcast_inputs({_input(r)} + k + {4 * step});" for r in range(rows)]
+    inputs = [f"Inputs x{r} = broadcast_inputs({input_of(r)} + k + {4 * step});" for r in range(rows)]
     if shape.lanes == 16:  # registers to spare: hold the weights, walk the rows
         yield "            " + " ".join(loads)
         for r in range(rows):
@@ -101,6 +107,13 @@ def _step(shape: Shape, rows: int, step: int, chain: int) -> Iterator[str]:
     yield "        }"
 
 
-def _input(row: int) -> str:
+def row_pointers(rows: int) -> Iterator[str]:
+    """One for every third row; addressing modes reach the two after it."""
+    for r in range(0, rows, 3):
+        yield f"    const int8_t* a{r} = a + {r} * lda;"
+
+
+def input_of(row: int) -> str:
+    """The address of a row's first input."""
     base, offset = row - row % 3, row % 3
     return f"a{base}" + ("", " + lda", " + 2 * lda")[offset]

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <new>
 
-#include "gemm_int8.h"
+#include "gemm.h"
 #include "simd.h"
 
 // activated = g * sigmoid(slope * g + cubic * g^3) * (u + shift), with g at most `limit` and u within +-`limit`: SiLU, GELU in its tanh
@@ -18,8 +18,8 @@ struct Gate {
 };
 
 struct Experts {
-    const Int8Weight* const* gate_up;  // [num_experts]: gate channels, then as many of up
-    const Int8Weight* const* down;
+    const PackedWeight* const* gate_up;  // [num_experts]: gate channels, then as many of up
+    const PackedWeight* const* down;
     int32_t num_experts;
     Gate gate;
 };
@@ -109,16 +109,20 @@ class ExpertsCall {
     Activations inputs, gated;
     float *gate_up, *given;
 
+    bool has_groups(const PackedWeight* const* weights) const {
+        return std::any_of(weights, weights + experts.num_experts, [](const PackedWeight* w) { return w->format != INT8; });
+    }
+
     size_t lay_out(char* base) {
         Layout layout{base};
-        inputs = Activations::take(layout, rows, experts.gate_up[0]->depth());
-        gated = Activations::take(layout, rows, experts.down[0]->depth());
+        inputs = Activations::take(layout, rows, experts.gate_up[0]->depth(), has_groups(experts.gate_up));
+        gated = Activations::take(layout, rows, experts.down[0]->depth(), has_groups(experts.down));
         gate_up = layout.take<float>(rows * 2 * inner);
         given = layout.take<float>(rows * hidden);
         return layout.used;
     }
 
-    void add_products(std::vector<Product>& to, int expert, const Int8Weight& w, int64_t first, int64_t last) {
+    void add_products(std::vector<Product>& to, int expert, const PackedWeight& w, int64_t first, int64_t last) {
         Division division(last - first, w.num_panels(), w.depth(), space.threads());
         for (int64_t b = 0; b < division.row_blocks; b++)
             for (int64_t g = 0; g < division.groups; g++) {
@@ -127,7 +131,7 @@ class ExpertsCall {
             }
     }
 
-    static void run_product(const Product& part, const Int8Weight& w, const Activations& from, float* to) {
+    static void run_product(const Product& part, const PackedWeight& w, const Activations& from, float* to) {
         multiply(w, from, part.first, part.last, part.p0, part.p1, {to, w.n});
     }
 
@@ -140,6 +144,8 @@ class ExpertsCall {
             memcpy(inputs.values + to[j] * depth, inputs.values + to[0] * depth, depth);
             inputs.scales[to[j]] = inputs.scales[to[0]];
             inputs.surplus[to[j]] = inputs.surplus[to[0]];
+            const int64_t groups = depth / GROUP;
+            if (inputs.group_sums) memcpy(inputs.group_sums + to[j] * groups, inputs.group_sums + to[0] * groups, sizeof(int32_t) * groups);
         }
     }
 

@@ -8,6 +8,7 @@
 #include <math.h>
 #include <string.h>
 #include <algorithm>
+#include <array>
 #include <new>
 
 #include "norm.h"
@@ -84,7 +85,7 @@ class Step {
         const float* from = nullptr;
         int from_width = 0;
         // Of products:
-        const Int8Weight* const* weights = nullptr;
+        const PackedWeight* const* weights = nullptr;
         int panels = 0;
         long groups = 0, row_blocks = 0;
         Target to{};
@@ -106,6 +107,10 @@ class Step {
 
     static int qkv_width(const Layer& l) {
         return l.num_heads * l.cache->key_dim + l.cache->num_kv_heads * (l.cache->key_dim + l.cache->value_dim);
+    }
+
+    static std::array<const PackedWeight*, MAX_QKV + 4> weights_of(const Layer& l) {
+        return {l.qkv[0], l.qkv[1], l.qkv[2], l.out, l.gate, l.up, l.down};
     }
 
     Operands operands_of(const Layer& l) const {
@@ -151,6 +156,9 @@ class Step {
             depth = std::max({depth, y.out->depth(), y.down->depth(), y.gate->depth()});
             partial_bytes = std::max(partial_bytes, plans[plan_of[l]].partials_bytes(call_of(l)));
         }
+        bool has_groups = decoder.head->format != INT8;
+        for (int l = in.first_layer; l < in.last_layer; l++)
+            for (const PackedWeight* w : weights_of(decoder.layers[l])) has_groups |= w && w->format != INT8;
         int64_t rows = std::max<int64_t>(tokens, in.num_logit_rows);
         Layout layout{base};
         hidden = layout.take<float>(tokens * width);
@@ -159,7 +167,7 @@ class Step {
         attended = layout.take<float>(tokens * attended_max);
         gated = layout.take<float>(tokens * gated_max);
         partials = (float*)layout.take<char>(partial_bytes);
-        quantised = Activations::take(layout, rows, depth);
+        quantised = Activations::take(layout, rows, depth, has_groups);
         return layout.used;
     }
 
@@ -187,7 +195,7 @@ class Step {
     }
 
     // The quantised rows times some weights side by side.
-    void add_product(void (Step::*work)(const Stage&, long, int), int64_t rows, const Int8Weight* const* weights, int count, const Target& to) {
+    void add_product(void (Step::*work)(const Stage&, long, int), int64_t rows, const PackedWeight* const* weights, int count, const Target& to) {
         int panels = 0;
         for (int i = 0; i < count; i++) panels += weights[i]->num_panels();
         Division division(rows, panels, weights[0]->depth(), space.threads());
@@ -197,7 +205,7 @@ class Step {
     }
 
     // A sublayer's last product, onto the residual stream, through a norm if the model has one there.
-    void add_residual(const Layer& y, const Int8Weight* const* weight, const Norm& norm) {
+    void add_residual(const Layer& y, const PackedWeight* const* weight, const Norm& norm) {
         if (!norm.weight) return add_product(&Step::multiply_side_by_side, tokens, weight, 1, {hidden, width, ADD, y.residual_factor});
         add_product(&Step::multiply_side_by_side, tokens, weight, 1, {aside, width});
         add_rows(&Step::settle, tokens, &norm, aside, width).to = {hidden, width, ADD, y.residual_factor};
@@ -246,7 +254,7 @@ class Step {
             normalise(*stage.norm, x, y);
             x = y;
         }
-        quantise_row(x, stage.from_width, row, round_up(stage.from_width, DEPTH_STEP), quantised);
+        quantise_row(x, stage.from_width, row, round_up(stage.from_width, GROUP), quantised);
     }
 
     void quantise(const Stage& stage, long item, int thread) {
@@ -263,7 +271,7 @@ class Step {
         Share rows(stage.rows, item / stage.groups, stage.row_blocks), group(stage.panels, item % stage.groups, stage.groups);
         Target to = stage.to;
         int before = 0;  // panels of the weights to the left
-        for (const Int8Weight* const* w = stage.weights; before < stage.panels; w++) {
+        for (const PackedWeight* const* w = stage.weights; before < stage.panels; w++) {
             int count = (*w)->num_panels();
             int first = std::max((int)group.first - before, 0), last = std::min((int)group.last - before, count);
             if (first < last) multiply(**w, quantised, rows.first, rows.last, first, last, to);

@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 #include "attention.h"
-#include "gemm_int8.h"
+#include "gemm.h"
 
 struct Norm {
     const float* weight;  // null: the norm is not there
@@ -21,8 +21,8 @@ constexpr int MAX_QKV = 3;
 
 struct Layer {
     Norm before_attention, query_norm, key_norm, after_attention, before_mlp, after_mlp;
-    const Int8Weight* qkv[MAX_QKV];  // q, k and v, or all in one; the rest null
-    const Int8Weight *out, *gate, *up, *down;
+    const PackedWeight* qkv[MAX_QKV];  // q, k and v, or all in one; the rest null
+    const PackedWeight *out, *gate, *up, *down;
     const LayerCache* cache;
     const float* sinks;  // null: none
     Rotation rotation;
@@ -35,7 +35,7 @@ struct Layer {
 struct Decoder {
     const Layer* layers;
     const float* embedding;
-    const Int8Weight* head;
+    const PackedWeight* head;
     Norm final_norm;
     int32_t num_layers, hidden_size, vocab_size;
     float embedding_scale, logit_factor, logit_softcap;  // softcap 0: none
