@@ -81,7 +81,7 @@ def test_greedy_tokens_equal_those_of_the_modules(
     _, saved = make_model(case.split(",")[0], **CASES[case])
     modules, step = load(saved, "modules"), load(saved, "step")
     assert modules.notes[-1] == "forward: transformers modules"
-    assert re.fullmatch(r"forward: step program, within \S+ of transformers modules", step.notes[-1])
+    assert re.fullmatch(r"forward: step program; within \S+ of transformers modules", step.notes[-1])
     expected = decode(modules, prompts(), NUM_NEW, budget=200)
     assert len({token for tokens in expected for token in tokens}) > 4
     for budget in (200, 11):

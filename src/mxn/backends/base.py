@@ -137,6 +137,7 @@ class WarmUp:
 class ExecutorInfo:
     """What was chosen at load time; shown by `mxn status` and stamped on every benchmark row.
 
+    program: how a step is computed ("step program", "transformers modules", ...).
     notes: one sentence for every choice or fallback a person may want to know of.
     """
 
@@ -148,6 +149,7 @@ class ExecutorInfo:
     kv_bytes: int
     max_context: int
     vocab_size: int
+    program: str = "unknown"
     notes: tuple[str, ...] = ()
 
 

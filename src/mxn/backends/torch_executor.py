@@ -19,6 +19,7 @@ class StepRunner(Protocol):
     num_blocks: int
     block_size: int
     vocab_size: int
+    program: str
     max_context: int
     weight_bytes: int
     kv_bytes: int
@@ -45,6 +46,7 @@ class TorchExecutor(Executor):
             kv_bytes=runner.kv_bytes,
             max_context=runner.max_context,
             vocab_size=runner.vocab_size,
+            program=runner.program,
             notes=runner.notes,
         )
 

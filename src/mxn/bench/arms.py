@@ -63,6 +63,7 @@ class _Replica(msgspec.Struct):
     quantisation: str
     threads: int | None
     notes: list[str]
+    program: str = "unknown"
 
 
 class _Deployment(msgspec.Struct):
@@ -103,6 +104,7 @@ async def describe(base_url: str, label: str, *, model: str | None = None, api_k
                 backend=deployment.backend,
                 attention=replica.attention,
                 quantisation=replica.quantisation,
+                program=replica.program,
                 threads=replica.threads,
                 notes=tuple(replica.notes),
             )

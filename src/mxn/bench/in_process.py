@@ -76,6 +76,7 @@ class InProcessArm:
             backend=backend.name,
             attention=info.attention,
             quantisation=info.quantisation,
+            program=info.program,
             threads=info.threads,
             notes=info.notes,
         )

@@ -42,6 +42,7 @@ class Subject:
     backend: str = "unknown"
     attention: str = "unknown"
     quantisation: str = "unknown"
+    program: str = "unknown"
     threads: int | None = None
     notes: tuple[str, ...] = ()
 

@@ -17,7 +17,7 @@ from mxn.config.environment import child_environment
 from mxn.errors import BackendError
 
 STOP_S = 15.0
-_FACTS = ("name", "folder", "backend", "attention", "quantisation", "threads", "notes")
+_FACTS = ("name", "folder", "backend", "attention", "quantisation", "program", "threads", "notes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +30,7 @@ class OwnServer:
     backend: str
     attention: str
     quantisation: str
+    program: str
     threads: int | None
     notes: list[str]
 
@@ -42,6 +43,7 @@ class OwnServer:
             backend=self.backend,
             attention=self.attention,
             quantisation=self.quantisation,
+            program=self.program,
             threads=self.threads,
             notes=tuple(self.notes),
         )

@@ -224,6 +224,7 @@ def _lines(info: ReplicaInfo, one: Prepared) -> list[tuple[str, str]]:
         ("backend", f"{info.backend} on {chip.uid} ({chip.name}, {chip.cores} cores{threads}): {one.why}"),
         ("attention", info.attention),
         ("quantisation", f"{info.quantisation}, weights {size_text(info.weight_bytes)}"),
+        ("program", info.program),
         ("context", f"{context} of {info.block_size} tokens"),
         ("power", f"{one.power.name} ({one.power.kind}): {one.power.detail}"),
         ("loaded in", f"{sum(info.load_s.values()):.1f} s{seconds}"),

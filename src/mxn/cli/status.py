@@ -56,6 +56,7 @@ def _lines(deployment: dict[str, Any]) -> list[tuple[str, str]]:
         *lines,
         ("attention", replica["attention"]),
         ("quantisation", f"{replica['quantisation']}, weights {size_text(replica['weight_bytes'])}"),
+        ("program", replica["program"] + (f", {replica['threads']} threads" if replica["threads"] else "")),
         ("context", f"{deployment['max_context']:,} tokens; KV cache {size_text(replica['kv_bytes'])}"),
         ("KV blocks", f"{used:,} of {stats['num_total_blocks']:,} in use"),
         ("sequences", f"{stats['num_running']} running, {stats['num_waiting']} waiting"),

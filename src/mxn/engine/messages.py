@@ -69,6 +69,7 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     block_size: int
     max_context: int
     vocab_size: int
+    program: str = "unknown"
     notes: list[str]
     load_s: dict[str, float]
 

@@ -149,6 +149,7 @@ def _describe(message: Load, executor: Executor, engine: Engine, load_s: dict[st
         block_size=message.settings.block_size,
         max_context=engine.max_context,
         vocab_size=info.vocab_size,
+        program=info.program,
         notes=list(info.notes),
         load_s={phase: round(s, 4) for phase, s in load_s.items()},
     )

@@ -17,10 +17,11 @@ from mxn.runner.inputs import StepInputs
 class ForwardProgram(Protocol):
     """Computes one step: writes the new tokens' keys and values and answers with logits.
 
-    name: short, shown in notes and logs.
+    name: "step program", say; stamped on measurements. detail: what else a person may want to know of it, or "".
     """
 
     name: str
+    detail: str
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Logits (R, vocabulary) of `inputs.logit_rows`, any float dtype; they may be overwritten by the next call."""
@@ -32,6 +33,7 @@ class ModuleForward:
     name = "transformers modules"
 
     def __init__(self, model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None]) -> None:
+        self.detail = ""
         self._model = model
         self._attention = attention
         self._windows = tuple(windows)

@@ -38,9 +38,11 @@ _STEPS = (((0, 0, 6), (1, 0, 9)), ((0, 6, 3), (1, 9, 1), (2, 0, 2)))
 class StepForward:
     """Runs a recognised decoder in one call per step, without the interpreter lock."""
 
+    name = "step program"
+
     def __init__(self, step: DecoderStep, error: float) -> None:
         """Args: error: how far it is from the modules, see `compare`."""
-        self.name = f"step program, within {error:.1g} of transformers modules"
+        self.detail = f"within {error:.1g} of transformers modules"
         self._step = step
         # Logits of decode steps go to memory that is kept: new pages for 32 rows would cost a millisecond each step.
         self._logits = torch.empty(_KEPT_ROWS, step.vocab_size)
@@ -69,7 +71,7 @@ def choose_program(
     except NotRecognised as reason:
         if wanted == "step":
             raise UnsupportedModelError(f"no step program for {type(model).__name__}: {reason}") from reason
-        modules.name = f"{modules.name}; no step program: {reason}"
+        modules.detail = f"no step program: {reason}"
         return modules
 
 

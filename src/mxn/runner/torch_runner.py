@@ -80,7 +80,7 @@ class TorchRunner:
         notes: Sequence[str],
     ) -> None:
         self.device, self.quantisation, self.threads = plan.device, plan.quantisation, plan.threads
-        self.attention_name = attention.name
+        self.attention_name, self.program = attention.name, forward.name
         self.num_blocks, self.block_size = attention.num_blocks, attention.block_size
         self.vocab_size, self.max_context = vocab_size, max_context
         self.weight_bytes, self.kv_bytes = weight_bytes, kv_bytes
@@ -175,7 +175,7 @@ def load_runner(model: Model, settings: LoadSettings, plan: LoadPlan, progress: 
         max_step_tokens=settings.max_step_tokens,
         weight_bytes=tensor_bytes(loaded),
         kv_bytes=kv_bytes,
-        notes=(*notes, f"forward: {forward.name}"),
+        notes=(*notes, "; ".join(filter(None, (f"forward: {forward.name}", forward.detail)))),
     )
 
 
