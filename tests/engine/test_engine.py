@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from mxn.backends.fake import FakeExecutor, FakeOptions, fake_next_token
 from mxn.core.batch import StepBatch, StepResult
+from mxn.core.clock import FakeClock
 from mxn.core.request import FinishReason, SamplingParams, SequenceOutput, SequenceRequest
+from mxn.energy.attribution import StepLedger
+from mxn.energy.replay import ConstantReader
 from mxn.engine.engine import Engine, EngineSettings
 from mxn.errors import ChipError, RequestError
 
@@ -324,3 +327,29 @@ def test_aborting_unknown_or_finished_sequences_does_nothing() -> None:
 
 def test_an_idle_engine_plans_nothing() -> None:
     assert make_engine().step() == []
+
+
+def test_last_output_carries_the_joules_of_its_sequence_and_all_add_up() -> None:
+    clock = FakeClock()
+
+    class Slow(RecordingExecutor):
+        def execute(self, batch: StepBatch) -> StepResult:
+            clock.advance(0.1)
+            return super().execute(batch)
+
+    executor = Slow(num_blocks=64, block_size=4, vocab_size=VOCAB, max_context=200, options=FakeOptions(()))
+    ledger = StepLedger(ConstantReader(50, detail="", clock=clock), clock=clock)
+    engine = Engine(executor, EngineSettings(), clock, ledger)
+    sampling = SamplingParams(max_tokens=40, temperature=0)
+    for seq_id in (1, 2, 3):
+        engine.add(SequenceRequest(seq_id=seq_id, prompt_token_ids=[1, 2, 3], sampling=sampling))
+    outputs = [output for _ in range(20) for output in engine.step()]
+    outputs += engine.abort([3])
+    while engine.has_work:
+        outputs += engine.step()
+    engine.settle_energy()
+    charged = [output.energy_j for output in outputs if output.finish_reason is FinishReason.LENGTH]
+    assert charged == pytest.approx([(20 / 3 + 10) * 0.1 * 50] * 2, rel=0.02)
+    stats = engine.stats
+    assert stats.chip_energy_j == pytest.approx(200)
+    assert (stats.request_energy_j or 0) + (stats.idle_energy_j or 0) == pytest.approx(200, rel=0.01)

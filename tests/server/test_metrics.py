@@ -9,6 +9,8 @@ import subprocess
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from mxn.backends.fake import FAKE_W
+
 from .conftest import SCRIPT, Running
 
 
@@ -90,3 +92,25 @@ def test_promtool_has_nothing_to_say(server: Running) -> None:
     text = server.http.get("/metrics").content
     done = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_energy_is_told_when_asked_and_counted_with_its_source(server: Running) -> None:
+    labels = "model=hash-model"
+    before = samples(server)
+    body = {"model": "hash-model", "prompt": "abcd", "max_tokens": 400, "ignore_eos": True, "include_energy": True}
+    answers = [server.post("/v1/completions", body).json() for _ in range(6)]
+    energy = answers[-1]["usage"]["mxn"]
+    assert energy["source"] == "scripted (simulated)"
+    assert 0 < energy["energy_j"] < 20 * FAKE_W
+    assert "mxn" not in server.post("/v1/completions", {**body, "include_energy": False}).json()["usage"]
+    after = samples(server)
+
+    def charged(found: dict[tuple[str, str], float], use: str) -> float:
+        series = f"chip=fake-hash-model,{labels},provenance=simulated,source=scripted,use={use}"
+        return found.get(("mxn_chip_energy_joules_total", series), 0.0)
+
+    asked_j = sum(answer["usage"]["mxn"]["energy_j"] or 0.0 for answer in answers)
+    assert charged(after, "requests") - charged(before, "requests") >= 0.8 * asked_j
+    assert charged(after, "idle") >= 0
+    count = after["mxn_request_energy_joules_count", labels] - before["mxn_request_energy_joules_count", labels]
+    assert count >= sum(answer["usage"]["mxn"]["energy_j"] is not None for answer in answers)

@@ -32,9 +32,11 @@ from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.core.quantity import Provenance, Quantity
 from mxn.core.request import TokenLogprob
-from mxn.energy.reader import NullReader, PowerReader
+from mxn.energy.reader import PowerReader
+from mxn.energy.replay import ConstantReader
 from mxn.errors import ChipError, ModelError, OutOfMemoryError
 
+FAKE_W = 10.0
 _BYTES_PER_TOKEN = 4
 
 
@@ -193,7 +195,7 @@ class FakeBackend(Backend):
         return MemoryEstimate(weights=zero, kv_cache=kv, activations=zero, overhead=zero)
 
     def power(self, chip: Chip) -> PowerReader:
-        return NullReader("a simulated chip draws no power")
+        return ConstantReader(FAKE_W, detail=f"a simulated chip that draws {FAKE_W:g} W whatever it does")
 
     def memory_used(self, chip: Chip, pid: int) -> Quantity:
         return resident_bytes(pid)

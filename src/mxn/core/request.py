@@ -106,6 +106,7 @@ class SequenceOutput:
     prompt_logprobs: once, with the first output: one per prompt token, None for the first.
     num_cached_tokens: prompt tokens that came out of the prefix cache.
     finish_reason: set exactly once, on the last output of the sequence. error: text for ERROR.
+    energy_j: with the last output: the sequence's share of its chip's joules, when something meters the chip.
     """
 
     seq_id: int
@@ -115,3 +116,4 @@ class SequenceOutput:
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    energy_j: float | None = None

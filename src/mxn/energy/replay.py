@@ -53,3 +53,28 @@ class ReplayReader:
 
     def close(self) -> None:
         pass
+
+
+class ConstantReader:
+    """A scripted chip that always draws the same watts."""
+
+    kind = ReaderKind.REPLAY
+    name = "scripted"
+    scope = Scope.DEVICE
+    relative_error: float | None = None
+    update_period_s = 0.0
+    power_limit_w: float | None = None
+
+    def __init__(self, watts: float, *, detail: str, clock: Clock | None = None) -> None:
+        self.detail = detail
+        self._watts = watts
+        self._clock = clock or SystemClock()
+        self._start_s = self._clock.now_s()
+
+    def read(self) -> Reading:
+        """Watts times the seconds since the reader was made."""
+        now_s = self._clock.now_s()
+        return Reading(energy_j=self._watts * (now_s - self._start_s), time_s=now_s)
+
+    def close(self) -> None:
+        pass

@@ -11,6 +11,7 @@ from mxn.backends.base import Executor, PagedKV
 from mxn.core.batch import SequenceStep, StepBatch, StepResult
 from mxn.core.clock import Clock, SystemClock
 from mxn.core.request import FinishReason, SequenceOutput, SequenceRequest, TokenLogprob
+from mxn.energy.attribution import StepLedger
 from mxn.engine.block_pool import BlockPool
 from mxn.engine.prefix_cache import PrefixCache
 from mxn.engine.scheduler import Scheduled, SchedulerLimits, StepScheduler
@@ -38,7 +39,13 @@ class Engine:
     reason: tokens, an error or an abort; none vanishes.
     """
 
-    def __init__(self, executor: Executor, settings: EngineSettings, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        settings: EngineSettings,
+        clock: Clock | None = None,
+        ledger: StepLedger | None = None,
+    ) -> None:
         if not isinstance(executor.kv, PagedKV):
             raise BackendError(f"the engine drives paged executors; this one has {type(executor.kv).__name__}")
         self.executor = executor
@@ -46,6 +53,7 @@ class Engine:
         self.max_context = min(executor.info.max_context, executor.kv.num_blocks * executor.kv.block_size)
         self._vocab_size = executor.info.vocab_size
         self._clock = clock or SystemClock()
+        self._ledger = ledger
         self._pool = BlockPool(executor.kv.num_blocks)
         self._cache = PrefixCache(
             self._pool, executor.kv.block_size, settings.fingerprint, enabled=settings.prefix_cache
@@ -99,11 +107,19 @@ class Engine:
         start_s = self._clock.now_s()
         batch = StepBatch(step_id=self.stats.num_steps, sequences=tuple(self._describe(p) for p in plan))
         plan, result = self._execute(plan, batch)
+        if self._ledger is not None:
+            self._ledger.step(start_s, self._clock.now_s(), batch)
         outputs = self._postprocess(plan, result)
         self.stats.step_s = self._clock.now_s() - start_s
         self.stats.busy_s += self.stats.step_s
         self._refresh_gauges()
         return outputs
+
+    def settle_energy(self) -> None:
+        """Books the energy since the last reading; called now and then while nothing runs, so that idle counts too."""
+        if self._ledger is not None:
+            self._ledger.settle()
+            self._refresh_gauges()
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes that no running sequence holds."""
@@ -233,6 +249,7 @@ class Engine:
                     prompt_logprobs=sequence.prompt_logprobs if wants_prompt else None,
                     num_cached_tokens=sequence.num_cached_tokens,
                     finish_reason=reason,
+                    energy_j=None if reason is None else self._charge(seq_id),
                 )
             )
             if reason is not None:
@@ -244,12 +261,21 @@ class Engine:
         if len(sequence.prompt_logprobs) + len(entries) <= sequence.num_prompt_tokens:
             sequence.prompt_logprobs.extend(entries)
 
+    def _charge(self, seq_id: int) -> float | None:
+        """Closes a sequence's account. Returns its joules, None when they are not known."""
+        return None if self._ledger is None else self._ledger.finish(seq_id)
+
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._charge(sequence.seq_id)
         sequence.finish_reason = reason
         self._scheduler.remove(sequence)
         del self._sequences[sequence.seq_id]
 
     def _refresh_gauges(self) -> None:
+        if self._ledger is not None:
+            totals = self._ledger.totals
+            self.stats.chip_energy_j, self.stats.idle_energy_j = totals.chip_j, totals.idle_j
+            self.stats.request_energy_j = totals.requests_j
         self.stats.num_running = len(self._scheduler.running)
         self.stats.num_waiting = len(self._scheduler.waiting)
         self.stats.num_free_blocks = self._pool.num_free

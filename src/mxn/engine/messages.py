@@ -15,13 +15,17 @@ from mxn.engine.stats import EngineStats
 
 
 class Load(msgspec.Struct, tag=True, kw_only=True):
-    """First message: what to load, through which backend, on which chips."""
+    """First message: what to load, through which backend, on which chips.
+
+    chip_share: the share of the chips' energy that this replica answers for; below 1 when others run on them too.
+    """
 
     backend: str
     model: Model
     settings: LoadSettings
     chips: list[Chip]
     max_waiting: int
+    chip_share: float = 1.0
 
 
 class Start(msgspec.Struct, tag=True):
@@ -72,6 +76,8 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     program: str = "unknown"
     notes: list[str]
     load_s: dict[str, float]
+    power_source: str = "none"
+    power_provenance: str = "unavailable"
 
 
 class Ready(msgspec.Struct, tag=True):

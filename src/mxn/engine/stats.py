@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True, slots=True)
 class EngineStats:
-    """Gauges and counters of one engine after a step. Counters only grow."""
+    """Gauges and counters of one engine after a step. Counters only grow.
+
+    chip_energy_j: this engine's share of its chip's joules, of which request_energy_j went to sequences and
+      idle_energy_j to nobody; None when nothing meters the chip.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -24,3 +28,6 @@ class EngineStats:
     num_failed: int = 0
     step_s: float = 0.0
     busy_s: float = 0.0
+    chip_energy_j: float | None = None
+    request_energy_j: float | None = None
+    idle_energy_j: float | None = None

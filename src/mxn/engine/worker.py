@@ -17,6 +17,9 @@ from collections import deque
 from mxn.backends.base import Executor
 from mxn.backends.registry import load_backend
 from mxn.core.request import FinishReason, SequenceOutput
+from mxn.energy.attribution import StepLedger
+from mxn.energy.reader import NullReader
+from mxn.energy.window import PROVENANCE
 from mxn.engine.channel import ChannelError, ReplicaChannel
 from mxn.engine.engine import Engine, EngineSettings
 from mxn.engine.messages import (
@@ -39,6 +42,9 @@ log = logging.getLogger("mxn.worker")
 EXIT_CHIP_LOST = 3
 EXIT_LOAD_FAILED = 4
 
+IDLE_REPORT_S = 5.0
+"""How often an idle replica books its chip's energy and reports it."""
+
 
 class Inbox:
     """Messages from the gateway, filled by a reader thread. None means that the gateway is gone."""
@@ -49,10 +55,10 @@ class Inbox:
         self._channel = channel
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
-    def take(self, *, wait: bool) -> list[ToReplica | None]:
-        """All messages so far; blocks for the first one when `wait`."""
+    def take(self, *, wait: bool, at_most_s: float | None = None) -> list[ToReplica | None]:
+        """All messages so far; blocks for the first one when `wait`, for `at_most_s` seconds if given."""
         if wait:
-            self._arrived.wait()
+            self._arrived.wait(at_most_s)
         self._arrived.clear()
         taken = []
         while self._messages:
@@ -122,6 +128,8 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine, ReplicaInfo]:
     progress("warm-up", 1.0)
     log.info("warmed up in %.2f s: %s", warm_up.seconds, ", ".join(warm_up.compiled) or "nothing to compile")
     info = executor.info
+    power = backend.power(message.chips[0])
+    log.info("energy of requests: %s (%s)", power.name, power.detail)
     engine = Engine(
         executor,
         EngineSettings(
@@ -130,8 +138,11 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine, ReplicaInfo]:
             prefix_cache=settings.prefix_cache,
             fingerprint=f"{message.model.revision}/{message.backend}/{info.quantisation}/{info.attention}",
         ),
+        ledger=None if isinstance(power, NullReader) else StepLedger(power, chip_share=message.chip_share),
     )
-    return engine, _describe(message, executor, engine, seconds)
+    described = _describe(message, executor, engine, seconds)
+    described.power_source, described.power_provenance = power.name, PROVENANCE[power.kind]
+    return engine, described
 
 
 def _describe(message: Load, executor: Executor, engine: Engine, load_s: dict[str, float]) -> ReplicaInfo:
@@ -159,7 +170,11 @@ def _serve(engine: Engine, inbox: Inbox, channel: ReplicaChannel, pending: list[
     is_stopping = False
     while True:
         outputs: list[SequenceOutput] = []
-        for message in [*pending, *inbox.take(wait=not engine.has_work and not is_stopping and not pending)]:
+        is_idle = not engine.has_work and not is_stopping and not pending
+        messages = [*pending, *inbox.take(wait=is_idle, at_most_s=IDLE_REPORT_S)]
+        if is_idle:
+            engine.settle_energy()
+        for message in messages:
             if message is None:
                 return 0
             if isinstance(message, Stop):

@@ -29,6 +29,7 @@ class DeploymentSpec:
 
     max_queue: sequences that may wait beside those that run; more are refused with 429.
     stall_s: a replica that holds work and reports nothing for so long is no longer ready.
+    chip_share: the share of its chips' energy that it answers for, when other deployments run on them too.
     restart_delays_s: waits before each restart in a row; after the last one the deployment stays failed.
     """
 
@@ -41,6 +42,7 @@ class DeploymentSpec:
     stall_s: float = 60.0
     restart_delays_s: tuple[float, ...] = (0.0, 1.0, 5.0, 20.0)
     environment: dict[str, str] = field(default_factory=dict)
+    chip_share: float = 1.0
 
 
 class Deployment:
@@ -219,6 +221,7 @@ class Deployment:
             settings=self.settings,
             chips=list(self.spec.chips),
             max_waiting=self.spec.max_queue,
+            chip_share=self.spec.chip_share,
         )
         started_s = time.monotonic()
         self._replica = await Replica.start(load, self._on_phase, self.spec.environment)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mxn.engine.tokenizer import Tokenizer
 from mxn.errors import ConfigError
@@ -18,7 +20,9 @@ class Fleet:
         if len(set(names)) != len(names):
             doubled = sorted({name for name in names if names.count(name) > 1})
             raise ConfigError(f"deployment names must differ; given more than once: {', '.join(doubled)}")
-        self._deployments = {spec.name: Deployment(spec, Tokenizer.load(spec.model.folder)) for spec in specs}
+        on_chip = Counter(chip.uid for spec in specs for chip in spec.chips)
+        shared = [replace(spec, chip_share=1 / max(on_chip[chip.uid] for chip in spec.chips)) for spec in specs]
+        self._deployments = {spec.name: Deployment(spec, Tokenizer.load(spec.model.folder)) for spec in shared}
 
     @property
     def deployments(self) -> list[Deployment]:

@@ -261,4 +261,5 @@ def _merge(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
         num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),
         finish_reason=second.finish_reason,
         error=second.error,
+        energy_j=second.energy_j,
     )

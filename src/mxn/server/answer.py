@@ -23,20 +23,25 @@ EVENT_STREAM_HEADERS = [
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one answer, over all its completions."""
+    """Tokens of one answer, over all its completions.
+
+    mxn: what the client asked for beyond OpenAI's fields: {"energy_j", "source"}.
+    """
 
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
+    mxn: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """OpenAI's usage object."""
-        return {
+        usage = {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_output_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
             "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
+        return usage if self.mxn is None else {**usage, "mxn": self.mxn}
 
 
 def error_event(answer: ErrorAnswer) -> bytes:

@@ -48,6 +48,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
+        self.energy_j: float | None = None
         self.last_token_s = 0.0
         self.scored: list[Scored] = []
         self._tokenizer = tokenizer
@@ -84,6 +85,7 @@ class Choice:
         self.num_output_tokens += len(token_ids)
         if output.num_cached_tokens > self.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
+        self.energy_j = output.energy_j
         if reason is FinishReason.STOP and not self._shows_stop and token_ids and token_ids[-1] in self._stop_ids:
             token_ids = token_ids[:-1]
         text = self._detokenizer.push(token_ids)

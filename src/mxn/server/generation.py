@@ -67,7 +67,19 @@ class Job:
             num_prompt_tokens=sum(len(prompt.token_ids) for prompt in self.prompts),
             num_output_tokens=sum(choice.num_output_tokens for choice in self.choices),
             num_cached_tokens=sum(choice.num_cached_tokens for choice in self.choices[::n]),
+            mxn=self._energy() if self.request.include_energy else None,
         )
+
+    @property
+    def energy_j(self) -> float | None:
+        """Joules of all completions; None when those of one are not known."""
+        known = [choice.energy_j for choice in self.choices if choice.energy_j is not None]
+        return sum(known) if len(known) == len(self.choices) else None
+
+    def _energy(self) -> dict[str, Any]:
+        info = self.served.deployment.info
+        source = f"{info.power_source} ({info.power_provenance})" if info is not None else "none (unavailable)"
+        return {"energy_j": self.energy_j, "source": source}
 
 
 class GenerationEndpoint(ABC):
@@ -301,6 +313,8 @@ def _observe_end(job: Job) -> None:
     metrics.cached_tokens.inc(usage.num_cached_tokens)
     metrics.prompt_length.observe(usage.num_prompt_tokens)
     metrics.output_length.observe(usage.num_output_tokens)
+    if (energy_j := job.energy_j) is not None:
+        metrics.energy_j.observe(energy_j)
 
 
 def _check_ended(choices: Sequence[Choice]) -> None:

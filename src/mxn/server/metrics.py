@@ -26,6 +26,7 @@ _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _ITL_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _E2E_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+_ENERGY_J = (0.01, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 100_000)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 _GAUGES = (
@@ -60,6 +61,7 @@ class ModelMetrics:
         self.cached_tokens = metrics.cached_tokens.labels(model)
         self.prompt_length = metrics.prompt_length.labels(model)
         self.output_length = metrics.output_length.labels(model)
+        self.energy_j = metrics.energy_j.labels(model)
         self._requests = metrics.requests
         self._model = model
 
@@ -89,6 +91,13 @@ class Metrics:
         )
         self.output_length = Histogram(
             "mxn_request_output_tokens", "Output tokens per request.", of_model, registry=registry, buckets=_TOKENS
+        )
+        self.energy_j = Histogram(
+            "mxn_request_energy_joules",
+            "Energy per request, as charged to it by the engine.",
+            of_model,
+            registry=registry,
+            buckets=_ENERGY_J,
         )
         self.prompt_tokens = Counter(
             "mxn_prompt_tokens", "Prompt tokens of answered requests.", of_model, registry=registry
@@ -141,6 +150,7 @@ class _FleetCollector(Collector):
         yield stalled
         stats = [(deployment.name, deployment.stats) for deployment in deployments]
         yield from _stats(stats)
+        yield _chip_energy(deployments)
 
 
 def _info(deployments: list[Deployment]) -> Metric:
@@ -151,6 +161,27 @@ def _info(deployments: list[Deployment]) -> Metric:
         if info is not None:
             facts = (info.backend, info.attention, info.quantisation, info.device, info.block_size, info.max_context)
             family.add_metric([deployment.name, *map(str, facts)], 1)
+    return family
+
+
+def _chip_energy(deployments: list[Deployment]) -> Metric:
+    """Each chip's joules since its replicas started, by who they went to; chips that nothing meters are left out.
+
+    The deployments of a shared chip each answer for an equal share of it, so the sum over all labels is the chip's.
+    """
+    family = CounterMetricFamily(
+        "mxn_chip_energy_joules",
+        "Energy of chips, charged to requests or idle.",
+        labels=["chip", "model", "source", "provenance", "use"],
+    )
+    for deployment in deployments:
+        info, stats = deployment.info, deployment.stats
+        if info is None or stats.chip_energy_j is None:
+            continue
+        chip = "+".join(chip.uid for chip in deployment.chips)
+        labels = [chip, deployment.name, info.power_source, info.power_provenance]
+        family.add_metric([*labels, "requests"], stats.request_energy_j or 0.0)
+        family.add_metric([*labels, "idle"], stats.idle_energy_j or 0.0)
     return family
 
 

@@ -95,6 +95,7 @@ class GenerationRequest(Checked):
     priority: int | None = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="lower is served first")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    include_energy: bool | None = Field(default=False, description="usage.mxn then tells the joules of the answer")
     user: str | None = Field(default=None, max_length=512, description="accepted, has no effect")
     safety_identifier: str | None = Field(default=None, max_length=512, description="accepted, has no effect")
     prompt_cache_key: str | None = Field(
