@@ -14,6 +14,7 @@ from mxn.core.request import FinishReason, SamplingParams, SequenceOutput, Seque
 from mxn.energy.attribution import StepLedger
 from mxn.energy.replay import ConstantReader
 from mxn.engine.engine import Engine, EngineSettings
+from mxn.engine.paged import BlockPlacement
 from mxn.errors import ChipError, RequestError
 
 VOCAB = 97
@@ -144,7 +145,8 @@ def test_random_arrivals_aborts_and_preemptions_leak_nothing_and_change_no_token
         if reasons[0] is not FinishReason.ABORT:
             assert got == want
     assert engine.stats.num_free_blocks == engine.stats.num_total_blocks
-    assert engine._cache.num_in_flight == 0
+    assert isinstance(engine.placement, BlockPlacement)
+    assert engine.placement.cache.num_in_flight == 0
 
 
 def test_a_step_never_exceeds_its_limits() -> None:

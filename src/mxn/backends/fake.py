@@ -23,6 +23,7 @@ from mxn.backends.base import (
     MemoryEstimate,
     PagedKV,
     Probe,
+    SlotKV,
     Support,
     WarmUp,
 )
@@ -70,8 +71,10 @@ class FakeOptions:
 class FakeExecutor(Executor):
     """Hashes token ids instead of running a model; see the module's first lines."""
 
+    kv: PagedKV | SlotKV
+
     def __init__(self, *, num_blocks: int, block_size: int, vocab_size: int, max_context: int, options: FakeOptions):
-        self.kv: PagedKV = PagedKV(num_blocks=num_blocks, block_size=block_size)
+        self.kv = PagedKV(num_blocks=num_blocks, block_size=block_size)
         self.info = ExecutorInfo(
             attention="none",
             quantisation="none",
@@ -84,7 +87,7 @@ class FakeExecutor(Executor):
             notes=("simulated chip: tokens, timing and power are scripted",),
         )
         self._options = options
-        self._cache = np.full(num_blocks * block_size, -1, dtype=np.int32)
+        self._cache = np.full((num_blocks, block_size), -1, dtype=np.int32)
         self._num_steps = 0
 
     def warm_up(self) -> WarmUp:
@@ -106,22 +109,25 @@ class FakeExecutor(Executor):
         return StepResult(tokens=tuple(tokens), failed=tuple(failed))
 
     def copy_kv(self, copies: Sequence[KVCopy]) -> None:
-        blocks = self._cache.reshape(self.kv.num_blocks, self.kv.block_size)
         for copy in copies:
-            blocks[copy.destination, : copy.num_tokens] = blocks[copy.source, : copy.num_tokens]
+            self._cache[copy.destination, : copy.num_tokens] = self._cache[copy.source, : copy.num_tokens]
 
     def close(self) -> None:
-        self._cache = np.empty(0, dtype=np.int32)
+        self._cache = np.empty((0, 0), dtype=np.int32)
+
+    def _rooms(self, step: SequenceStep) -> Sequence[int]:
+        """The rooms of the cache that hold the sequence, in order."""
+        return step.block_ids
 
     def _write(self, step: SequenceStep) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         """Stores the new ids and returns slots of the whole context in order."""
-        size = self.kv.block_size
+        size = self._cache.shape[1]
         end = step.start + len(step.token_ids)
-        blocks = np.asarray(step.block_ids, dtype=np.int64)
+        blocks = np.asarray(self._rooms(step), dtype=np.int64)
         if len(blocks) * size < end:
             raise ValueError(f"block table covers {len(blocks) * size} tokens, the step needs {end}")
         slots = (blocks[:, None] * size + np.arange(size)).reshape(-1)[:end]
-        self._cache[slots[step.start :]] = step.token_ids
+        self._cache.reshape(-1)[slots[step.start :]] = step.token_ids
         return slots
 
     def _draw(self, step: SequenceStep, slots: np.ndarray[tuple[int], np.dtype[np.int32]]) -> SampledToken:
@@ -130,7 +136,7 @@ class FakeExecutor(Executor):
             token_id = self._options.script[step.num_output_tokens % len(self._options.script)]
         else:
             salt = 0 if sampling.is_greedy else step.seed * 1_000_003 + step.num_output_tokens
-            token_id = fake_next_token(self._cache[slots], salt, self.info.vocab_size)
+            token_id = fake_next_token(self._cache.reshape(-1)[slots], salt, self.info.vocab_size)
         logprob = None
         if sampling.num_logprobs is not None:
             top = tuple(((token_id + i) % self.info.vocab_size, -float(i) - 0.5) for i in range(sampling.num_logprobs))
@@ -152,6 +158,29 @@ class FakeExecutor(Executor):
                 raise RuntimeError(f"the fake chip cannot compute token {options.raise_on}")
             if options.oom_on in step.token_ids:
                 raise OutOfMemoryError("the step needs 2 GiB; the fake chip has 1 GiB free")
+
+
+class FakeSlotExecutor(FakeExecutor):
+    """The same over whole-sequence slots; refuses steps in which prompt chunks and decoding sequences are mixed."""
+
+    def __init__(self, *, num_slots: int, max_tokens: int, vocab_size: int, options: FakeOptions):
+        super().__init__(
+            num_blocks=num_slots, block_size=max_tokens, vocab_size=vocab_size, max_context=max_tokens, options=options
+        )
+        self.kv = SlotKV(num_slots=num_slots, max_tokens=max_tokens)
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        slots = sorted(step.slot for step in batch.sequences)
+        has_chunk = any(len(step.token_ids) > 1 for step in batch.sequences)
+        has_decode = any(len(step.token_ids) == 1 and step.is_sampled for step in batch.sequences)
+        if min(slots) < 0 or len(set(slots)) < len(slots):
+            raise ValueError(f"the step's sequences are in slots {slots}; expected one each")
+        if has_chunk and has_decode:
+            raise ValueError("prompt chunks and decoding sequences may not share a step")
+        return super().execute(batch)
+
+    def _rooms(self, step: SequenceStep) -> Sequence[int]:
+        return (step.slot,)
 
 
 def fake_next_token(context: np.ndarray[tuple[int], np.dtype[np.int32]], salt: int, vocab_size: int) -> int:

@@ -1,4 +1,4 @@
-"""The engine: schedule, execute, postprocess, once per step. Drives any paged executor; one thread calls it."""
+"""The engine: schedule, execute, postprocess, once per step. Drives any executor; one thread calls it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,35 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mxn.backends.base import Executor, PagedKV
+from mxn.backends.base import Executor, PagedKV, SlotKV
 from mxn.core.batch import SequenceStep, StepBatch, StepResult
 from mxn.core.clock import Clock, SystemClock
 from mxn.core.request import FinishReason, SequenceOutput, SequenceRequest, TokenLogprob
 from mxn.energy.attribution import StepLedger
-from mxn.engine.block_pool import BlockPool
-from mxn.engine.prefix_cache import PrefixCache
+from mxn.engine.paged import BlockPlacement
+from mxn.engine.placement import Placement
 from mxn.engine.scheduler import Scheduled, SchedulerLimits, StepScheduler
 from mxn.engine.sequence import Sequence, SequenceStatus
+from mxn.engine.slots import SlotPlacement
 from mxn.engine.stats import EngineStats
-from mxn.errors import BackendError, ChipError, OutOfMemoryError, RequestError
+from mxn.errors import ChipError, OutOfMemoryError, RequestError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSettings:
-    """How an engine schedules. `fingerprint` goes into the prefix cache's root (see `PrefixCache`)."""
+    """How an engine schedules.
+
+    fingerprint: whatever makes KV differ for the same tokens; part of what reusable content is filed under.
+    has_mixed_steps: as in the backend's `Capabilities`.
+    """
 
     max_num_seqs: int = 64
     max_step_tokens: int = 512
     prefix_cache: bool = True
     fingerprint: str = ""
+    has_mixed_steps: bool = True
 
 
 class Engine:
@@ -46,20 +52,19 @@ class Engine:
         clock: Clock | None = None,
         ledger: StepLedger | None = None,
     ) -> None:
-        if not isinstance(executor.kv, PagedKV):
-            raise BackendError(f"the engine drives paged executors; this one has {type(executor.kv).__name__}")
         self.executor = executor
-        self.stats = EngineStats(num_total_blocks=executor.kv.num_blocks, num_free_blocks=executor.kv.num_blocks)
-        self.max_context = min(executor.info.max_context, executor.kv.num_blocks * executor.kv.block_size)
+        self.placement = _make_placement(executor.kv, settings)
+        self.stats = EngineStats(num_total_blocks=self.placement.num_rooms, num_free_blocks=self.placement.num_rooms)
+        self.max_context = min(executor.info.max_context, self.placement.max_tokens)
         self._vocab_size = executor.info.vocab_size
         self._clock = clock or SystemClock()
         self._ledger = ledger
-        self._pool = BlockPool(executor.kv.num_blocks)
-        self._cache = PrefixCache(
-            self._pool, executor.kv.block_size, settings.fingerprint, enabled=settings.prefix_cache
+        limits = SchedulerLimits(
+            max_num_seqs=settings.max_num_seqs,
+            max_step_tokens=settings.max_step_tokens,
+            has_mixed_steps=settings.has_mixed_steps,
         )
-        limits = SchedulerLimits(max_num_seqs=settings.max_num_seqs, max_step_tokens=settings.max_step_tokens)
-        self._scheduler = StepScheduler(self._pool, self._cache, executor.kv.block_size, limits)
+        self._scheduler = StepScheduler(self.placement, limits)
         self._sequences: dict[int, Sequence] = {}
         self._num_arrived = 0
 
@@ -76,14 +81,14 @@ class Engine:
         """
         self._check(request)
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
-        root = self._cache.root(request.cache_salt)
+        root = self.placement.root(request.cache_salt)
         sequence = Sequence(request, arrival=self._num_arrived, seed=seed, root=root)
         self._num_arrived += 1
         self._sequences[request.seq_id] = sequence
         self._scheduler.add(sequence)
 
     def abort(self, seq_ids: Iterable[int]) -> list[SequenceOutput]:
-        """Ends sequences now and gives their blocks back; unknown or finished ids are ignored."""
+        """Ends sequences now and gives their room back; unknown or finished ids are ignored."""
         outputs = []
         for seq_id in seq_ids:
             sequence = self._sequences.get(seq_id)
@@ -100,6 +105,7 @@ class Engine:
         Raises: ChipError when the chip is lost; every other failure ends at most the sequences that cause it.
         """
         plan = self._scheduler.schedule()
+        self._copy_prefixes()
         if not plan:
             self._refresh_gauges()
             return []
@@ -123,11 +129,11 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes that no running sequence holds."""
-        self._cache.clear()
+        self.placement.clear()
 
     def check_integrity(self) -> None:
-        """Compares the block pool's books with the living sequences. Raises: AssertionError at the first difference."""
-        self._pool.check_integrity(s.block_ids for s in self._sequences.values())
+        """Compares the placement's books with the living sequences. Raises: AssertionError at the first difference."""
+        self.placement.check_integrity(self._sequences.values())
 
     # ------------------------------------------------------------------ before a step
 
@@ -162,6 +168,7 @@ class Engine:
             token_ids=sequence.token_ids[start:end],
             start=start,
             block_ids=sequence.block_ids,
+            slot=sequence.slot,
             is_sampled=end == len(sequence.token_ids),
             sampling=sampling,
             seed=sequence.seed,
@@ -171,6 +178,17 @@ class Engine:
         )
 
     # ------------------------------------------------------------------ the step itself
+
+    def _copy_prefixes(self) -> None:
+        copies = self.placement.take_copies()
+        if not copies:
+            return
+        try:
+            self.executor.copy_kv(copies)
+        except ChipError:
+            raise
+        except Exception as error:  # what the slots hold is unknown from here on
+            raise ChipError(f"copying KV between slots failed: {_describe_error(error)}") from error
 
     def _execute(self, plan: list[Scheduled], batch: StepBatch) -> tuple[list[Scheduled], StepResult]:
         """Executes the batch; when that fails, finds out what can still be done without harming the innocent."""
@@ -278,8 +296,14 @@ class Engine:
             self.stats.request_energy_j = totals.requests_j
         self.stats.num_running = len(self._scheduler.running)
         self.stats.num_waiting = len(self._scheduler.waiting)
-        self.stats.num_free_blocks = self._pool.num_free
+        self.stats.num_free_blocks = self.placement.num_free
         self.stats.num_preemptions = self._scheduler.num_preemptions
+
+
+def _make_placement(kv: PagedKV | SlotKV, settings: EngineSettings) -> Placement:
+    if isinstance(kv, PagedKV):
+        return BlockPlacement(kv, settings.fingerprint, prefix_cache=settings.prefix_cache)
+    return SlotPlacement(kv, settings.fingerprint, prefix_cache=settings.prefix_cache)
 
 
 def _describe_error(error: Exception) -> str:

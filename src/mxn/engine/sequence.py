@@ -9,7 +9,7 @@ from mxn.core.request import FinishReason, SequenceRequest, TokenLogprob
 
 
 class SequenceStatus(StrEnum):
-    """Waiting sequences hold no blocks; running ones may."""
+    """Waiting sequences hold no room in the KV cache; running ones may."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -39,6 +39,7 @@ class Sequence:
         "request",
         "root",
         "seed",
+        "slot",
         "status",
         "token_ids",
     )
@@ -55,6 +56,7 @@ class Sequence:
         self.num_published_blocks = 0
         self.block_ids = array("i")  # packed, because executors copy it into a tensor on every step
         self.block_chain: list[bytes] = []
+        self.slot = -1
         self.prompt_logprobs: list[TokenLogprob | None] = [None]
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None

@@ -137,6 +137,7 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine, ReplicaInfo]:
             max_step_tokens=settings.max_step_tokens,
             prefix_cache=settings.prefix_cache,
             fingerprint=f"{message.model.revision}/{message.backend}/{info.quantisation}/{info.attention}",
+            has_mixed_steps=backend.capabilities(message.chips[0]).has_mixed_steps,
         ),
         ledger=None if isinstance(power, NullReader) else StepLedger(power, chip_share=message.chip_share),
     )
@@ -157,7 +158,7 @@ def _describe(message: Load, executor: Executor, engine: Engine, load_s: dict[st
         weight_bytes=info.weight_bytes,
         kv_bytes=info.kv_bytes,
         num_blocks=engine.stats.num_total_blocks,
-        block_size=message.settings.block_size,
+        block_size=engine.placement.room_tokens,
         max_context=engine.max_context,
         vocab_size=info.vocab_size,
         program=info.program,
