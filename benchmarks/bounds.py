@@ -10,7 +10,6 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -28,34 +27,38 @@ KV_BYTES = 2
 
 
 class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
-    """Measured with `threads` threads. `read_gb_per_s` is that of a working set of `working_set_bytes`."""
+    """Measured with `threads` threads. `read_gb_per_s` belongs to the working set of the same place."""
 
     threads: int
     int8_gops: float
     fp32_gflops: float
     bf16_gflops: float
-    read_gb_per_s: float
-    working_set_bytes: int
+    working_set_bytes: tuple[int, ...]
+    read_gb_per_s: tuple[float, ...]
 
     @property
     def attention_gflops(self) -> float:
         """The faster of the two ways in which attention can be computed."""
         return max(self.fp32_gflops, self.bf16_gflops)
 
+    def bytes_per_s(self, working_set: float) -> float:
+        """At the measured working set that is nearest."""
+        sizes = self.working_set_bytes
+        nearest = min(range(len(sizes)), key=lambda i: abs(sizes[i] - working_set))
+        return self.read_gb_per_s[nearest] * 1e9
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """Of a model, what decides how long a step takes. Weights count multiplications, one per weight and token."""
 
     spec: ModelSpec
     layer_weights: int
     head_weights: int
-    bits: float
 
-    @property
-    def weight_bytes(self) -> float:
+    def weight_bytes(self, quantisation: str) -> float:
         """Read by every step."""
-        return (self.layer_weights * self.bits + self.head_weights * max(8, self.bits)) / 8
+        bits = WEIGHT_BITS[quantisation]
+        return (self.layer_weights * bits + self.head_weights * max(8, bits)) / 8
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -63,43 +66,43 @@ class Shape:
         return self.spec.kv_bytes_per_token(KV_BYTES)
 
 
-def shape_of(folder: str, spec: ModelSpec, quantisation: str) -> Shape | None:
-    """Counts the matrices in the safetensors files; None where the bytes of a weight are not known."""
-    bits = WEIGHT_BITS.get(quantisation)
-    if bits is None:
-        return None
-    embedding = spec.vocab_size * spec.hidden_size
+def shape_of(folder: str, spec: ModelSpec) -> Shape:
+    """Counts the layers' matrices in the safetensors files."""
     layers = 0
     for path in Path(folder).glob("*.safetensors"):
         with path.open("rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, tensor in header.items():
-            if ".layers." in name and len(tensor["shape"]) == 2:
-                rows, columns = tensor["shape"]
-                layers += rows * columns
-    return Shape(spec=spec, layer_weights=layers, head_weights=embedding, bits=bits) if layers else None
+        matrices = [t["shape"] for name, t in header.items() if ".layers." in name and len(t["shape"]) == 2]
+        layers += sum(rows * columns for rows, columns in matrices)
+    return Shape(spec=spec, layer_weights=layers, head_weights=spec.vocab_size * spec.hidden_size)
 
 
-def measure_ceilings(threads: int, working_set_bytes: int) -> Ceilings:
+def measure_ceilings(threads: int, working_sets: Sequence[int]) -> Ceilings:
     """Takes about five seconds of the whole machine. Raises: BenchError without a C++ compiler."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "ceilings"
-        source = str(Path(__file__).with_suffix(".cpp").with_stem("ceilings"))
+        source = str(Path(__file__).with_name("ceilings.cpp"))
         build = [compiler() or "g++", "-std=c++17", "-O3", "-march=native", "-pthread", source, "-o", str(program)]
-        measure = [str(program), str(threads), str(working_set_bytes)]
+        measure = [str(program), str(threads), *map(str, working_sets)]
         try:
             subprocess.run(build, check=True, timeout=120)
             found = json.loads(subprocess.run(measure, check=True, timeout=120, capture_output=True).stdout)
         except (OSError, subprocess.SubprocessError) as error:
             raise BenchError(f"the ceilings of this machine cannot be measured: {error}; g++ is needed") from error
-    found["read_gb_per_s"] = found["read_gb_per_s"][0]
-    return Ceilings(threads=threads, working_set_bytes=working_set_bytes, **found)
+    return Ceilings(threads=threads, working_set_bytes=tuple(working_sets), **found)
 
 
-def bound(workload: Workload, shape: Shape, ceilings: Ceilings) -> float:
+def bound(workload: Workload, shape: Shape, quantisation: str, ceilings: Ceilings) -> float:
     """The workload's headline on an engine that reaches every ceiling."""
     streams = min(workload.concurrency, workload.num_requests)
-    step_s = _step_s(shape, ceilings, streams, workload.prompt_tokens + workload.output_tokens / 2)
+    weight_bytes = shape.weight_bytes(quantisation)
+    read_s_per_byte = 1 / ceilings.bytes_per_s(weight_bytes)
+    context = workload.prompt_tokens + workload.output_tokens / 2
+    seen = streams * _visible(shape.spec, context)
+    step_s = max(
+        (weight_bytes + seen * shape.kv_bytes_per_token / shape.spec.num_layers) * read_s_per_byte,
+        _compute_s(shape, ceilings, streams * (shape.layer_weights + shape.head_weights), seen),
+    )
     if workload.headline == "decode_tokens_per_s":
         return 1 / step_s
     shared = workload.shared_tokens
@@ -113,15 +116,6 @@ def bound(workload: Workload, shape: Shape, ceilings: Ceilings) -> float:
         "prompt_tokens_per_s": float(workload.num_requests * workload.prompt_tokens),
     }
     return total_s if workload.is_lower_better else tokens[workload.headline] / total_s
-
-
-def _step_s(shape: Shape, ceilings: Ceilings, streams: int, context: float) -> float:
-    """One token for each stream."""
-    seen = streams * _visible(shape.spec, context)
-    read = shape.weight_bytes + seen * shape.kv_bytes_per_token / shape.spec.num_layers
-    weights = shape.layer_weights + shape.head_weights
-    compute_s = _compute_s(shape, ceilings, streams * weights, seen)
-    return max(read / ceilings.read_gb_per_s / 1e9, compute_s)
 
 
 def _prefill_s(shape: Shape, ceilings: Ceilings, tokens: int, before: int) -> float:

@@ -22,7 +22,7 @@ from typing import Annotated
 
 import msgspec
 import typer
-from bounds import Ceilings, Shape, bound, measure_ceilings, shape_of
+from bounds import WEIGHT_BITS, Ceilings, Shape, bound, measure_ceilings, shape_of
 from peer_arms import Peer, Setup, Turn, load_setup, started
 
 from mxn.bench.arms import Arm
@@ -32,7 +32,7 @@ from mxn.bench.records import Record, Report, save
 from mxn.bench.report import Grid, manifest_markdown, number_text, ratio_text, spread_text, to_markdown, to_rich
 from mxn.bench.runner import measure
 from mxn.bench.workloads import WORKLOADS, PromptMaker, Workload
-from mxn.cli.console import EXIT_FAILURE, EXIT_USAGE, err, out
+from mxn.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, err, out
 from mxn.errors import ConfigError, MxnError
 from mxn.store.fetch import fetch
 
@@ -71,7 +71,7 @@ class CpuReport(Report):
     """A report with what the machine could do at most. `absent`: peers that did not run, and why."""
 
     ceilings: Ceilings
-    shape: Shape | None
+    shape: Shape
     absent: tuple[str, ...] = ()
 
 
@@ -123,7 +123,6 @@ def main(
             repetitions=repetitions,
             limit_s=limit_s,
             seed=int(time.time()) if seed is None else seed,
-            shape_quantisation=quantisations[0],
             out_path=out_path,
         )
     )
@@ -163,7 +162,6 @@ async def compare(
     repetitions: int,
     limit_s: float,
     seed: int,
-    shape_quantisation: str,
     out_path: Path | None,
 ) -> CpuReport:
     """Runs what the record at `out_path` lacks, workload by workload, and saves after each."""
@@ -171,7 +169,7 @@ async def compare(
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # peers are ended, not left stopped
     model = await asyncio.to_thread(fetch, setup.model, progress=lambda *_: None)
-    shape = shape_of(model.folder, model.spec, shape_quantisation)
+    shape = shape_of(model.folder, model.spec)
     absent = tuple(f"{side.label}: {side.missing}" for side in sides if side.missing)
     sides = [side for side in sides if not side.missing]
     report = earlier(out_path)
@@ -179,7 +177,8 @@ async def compare(
         made = manifest(seed=seed)
         if warning := busy_warning(made.load_average, made.num_cores):
             say(warning)
-        ceilings = measure_ceilings(made.num_cores, int(shape.weight_bytes if shape else 1e9))
+        sizes = {int(shape.weight_bytes(q)) for q in ("int4", "int8")}
+        ceilings = measure_ceilings(made.num_cores, sorted(sizes))
         say(f"ceilings: {ceilings}")
         report = CpuReport(manifest=made, records=(), ceilings=ceilings, shape=shape, absent=absent)
     prompts = Prompts(model.folder, seed=seed)
@@ -210,7 +209,7 @@ async def run(workload: Workload, arms: Sequence[Turn], prompts: Prompts, repeti
     if workload.name in LONG:
         for arm in arms:
             say(f"{arm.subject.label}: {workload.name}, computing the prompts")
-            await arm.run(prompts.make(workload), 1, workload.concurrency)
+            await arm.read(prompts.make(workload))
     sides: list[Arm] = [*arms]
     return await measure(sides, [workload], prompts, repetitions=repetitions, progress=lambda what, *_: say(what))
 
@@ -280,9 +279,9 @@ def best_of(records: Sequence[Record]) -> Record | None:
 
 def share_text(record: Record | None, report: CpuReport) -> str:
     """How much of what the machine could do the record reaches."""
-    if record is None or record.headline is None or report.shape is None:
+    if record is None or record.headline is None or record.subject.quantisation not in WEIGHT_BITS:
         return "-"
-    limit = bound(record.workload, report.shape, report.ceilings)
+    limit = bound(record.workload, report.shape, record.subject.quantisation, report.ceilings)
     share = limit / record.headline.median if record.workload.is_lower_better else record.headline.median / limit
     return f"{100 * share:.0f} %"
 
@@ -295,7 +294,11 @@ def notes(report: CpuReport) -> list[str]:
         "peer; median [lowest, highest] over paired repetitions.",
         f"Of bound: the share of what {c.threads} threads could do at most by ceilings measured in the same run: "
         f"{number_text(c.int8_gops)} GOP/s in int8, {number_text(c.attention_gflops)} GFLOP/s in attention, reading "
-        f"{number_text(c.working_set_bytes / 1e6)} MB at {number_text(c.read_gb_per_s)} GB/s.",
+        + ", ".join(
+            f"{number_text(size / 1e6)} MB at {number_text(rate)} GB/s"
+            for size, rate in zip(c.working_set_bytes, c.read_gb_per_s, strict=True)
+        )
+        + ".",
     ]
     subjects = dict.fromkeys((r.subject.label, r.subject) for r in report.records)
     for label, subject in subjects:
@@ -315,6 +318,8 @@ def say(text: str) -> None:
 if __name__ == "__main__":
     try:
         typer.run(main)
+    except asyncio.CancelledError:
+        sys.exit(EXIT_INTERRUPTED)
     except MxnError as error:
         err().print(f"[red]error:[/] {error}", highlight=False)
         sys.exit(EXIT_USAGE)

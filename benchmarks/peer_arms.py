@@ -36,6 +36,7 @@ WORKERS = Path(__file__).resolve().parent / "peers"
 LOOPBACK = "http://127.0.0.1"
 LINE_BYTES = 2**26
 END_S = 15.0
+READ_FACTOR = 5
 
 
 class PeerError(MxnError):
@@ -105,12 +106,21 @@ class Turn:
 
     async def run(self, prompts: Sequence[str], max_tokens: int, concurrency: int) -> list[RequestResult]:
         """As the arm does; every request fails once the arm was late or broke."""
+        return await self._run(prompts, max_tokens, concurrency, self._limit_s)
+
+    async def read(self, prompts: Sequence[str]) -> None:
+        """Lets the side fill its prefix cache, for which it may take longer."""
+        await self._run(prompts, 1, len(prompts), READ_FACTOR * self._limit_s)
+
+    async def _run(
+        self, prompts: Sequence[str], max_tokens: int, concurrency: int, limit_s: float
+    ) -> list[RequestResult]:
         if self._fault is None:
             self._signal(signal.SIGCONT)
             try:
-                return await asyncio.wait_for(self._arm.run(prompts, max_tokens, concurrency), self._limit_s)
+                return await asyncio.wait_for(self._arm.run(prompts, max_tokens, concurrency), limit_s)
             except TimeoutError:
-                self._fault = f"not done after {self._limit_s:g} s; it was not asked again"
+                self._fault = f"not done after {limit_s:g} s; it was not asked again"
             except PeerError as error:
                 self._fault = str(error)
             finally:
