@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mxn_kernels.cpu.library import Workspace
-from mxn_kernels.paged_attention import LayerCache
+from mxn_kernels.cpu_cache import LayerCache
 
 
 def copy_blocks(cache: LayerCache, moves: Sequence[tuple[int, int]], *, workspace: Workspace) -> None:

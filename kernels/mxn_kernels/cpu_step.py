@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 
 from mxn_kernels.cpu.library import Workspace, destroy_with
+from mxn_kernels.cpu_cache import LayerCache
 from mxn_kernels.packed_linear import PackedWeight
-from mxn_kernels.paged_attention import FAULTS, Fault, LayerCache, PagedBatch
+from mxn_kernels.paged_attention import FAULTS, Fault, PagedBatch
 
 Activation = Literal["silu", "gelu_tanh"]
 _COMBINE = {"silu": 2, "gelu_tanh": 3}

@@ -1,28 +1,16 @@
-"""Attention over a paged half-precision KV cache: writes a step's keys and values, then attends causally.
+"""Attention over a paged KV cache: writes a step's keys and values, then attends causally.
 
-Cache layout, for sub-blocks of sixteen tokens: keys [block][kv_head][block_size / 16][key_dim][16], values
-[block][kv_head][block_size][value_pitch], where the pitch is value_dim rounded up to 16.
+Contexts are cut and added up by their own length alone, never by what else is in the batch or by the number of threads.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 
 import torch
 
-from mxn_kernels.cpu.library import Workspace, aligned_empty
-
-LANES = 16
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        *[(name, ctypes.c_int32) for name in ("num_blocks", "block_size", "num_kv_heads")],
-        *[(name, ctypes.c_int32) for name in ("key_dim", "value_dim", "value_pitch")],
-    ]
+from mxn_kernels.cpu.library import Workspace
+from mxn_kernels.cpu_cache import LayerCache
 
 
 class _Batch(ctypes.Structure):
@@ -63,66 +51,6 @@ FAULTS = {
     7: "positions[{index}] is {found}; positions are 0 to {limit} (exclusive)",
     8: "logit_rows[{index}] is {found}; rows are 0 to {limit} (exclusive)",
 }
-
-
-@dataclass(frozen=True, eq=False)
-class LayerCache:
-    """One layer's keys and values as the kernels store them."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    num_blocks: int
-    block_size: int
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-
-    @staticmethod
-    def bytes_per_block(*, block_size: int, num_kv_heads: int, key_dim: int, value_dim: int) -> int:
-        return num_kv_heads * block_size * (key_dim + _pitch(value_dim)) * 2
-
-    @classmethod
-    def allocate(
-        cls, *, num_blocks: int, block_size: int, num_kv_heads: int, key_dim: int, value_dim: int
-    ) -> LayerCache:
-        """Memory is zeroed, so its pages exist. Raises: ValueError on sizes the kernels cannot use."""
-        if block_size < LANES or block_size % LANES:
-            raise ValueError(f"block_size must be a multiple of {LANES}, found {block_size}")
-        if min(num_blocks, num_kv_heads, key_dim, value_dim) < 1 or num_blocks * block_size >= 2**31:
-            found = f"{num_blocks} blocks, {num_kv_heads} heads, dims {key_dim} and {value_dim}"
-            raise ValueError(f"a cache needs at least one of each and fewer than 2^31 slots, found {found}")
-        rows = num_blocks * num_kv_heads * block_size
-        pitch = _pitch(value_dim)
-        keys = aligned_empty(rows * key_dim * 2).zero_().view(torch.float16)
-        values = aligned_empty(rows * pitch * 2).zero_().view(torch.float16)
-        return cls(
-            keys.view(num_blocks, num_kv_heads, block_size // LANES, key_dim, LANES),
-            values.view(num_blocks, num_kv_heads, block_size, pitch),
-            num_blocks,
-            block_size,
-            num_kv_heads,
-            key_dim,
-            value_dim,
-        )
-
-    def __post_init__(self) -> None:
-        sizes = (
-            self.num_blocks,
-            self.block_size,
-            self.num_kv_heads,
-            self.key_dim,
-            self.value_dim,
-            _pitch(self.value_dim),
-        )
-        object.__setattr__(self, "struct", _Layer(self.keys.data_ptr(), self.values.data_ptr(), *sizes))
-        object.__setattr__(self, "address", ctypes.addressof(self.struct))
-
-    def gather(self, blocks: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (kv_heads, length, key_dim) and values (kv_heads, length, value_dim) of a sequence, float32."""
-        index = blocks.long()
-        keys = self.keys[index].permute(1, 0, 2, 4, 3).reshape(self.num_kv_heads, -1, self.key_dim)
-        values = self.values[index].transpose(0, 1).reshape(self.num_kv_heads, len(index) * self.block_size, -1)
-        return keys[:, :length].float(), values[:, :length, : self.value_dim].float()
 
 
 class PagedBatch:
@@ -221,13 +149,12 @@ def paged_attention_reference(
     sinks: torch.Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> torch.Tensor:
-    """The same in torch, one sequence at a time, in float64 over the cache's half-precision values."""
+    """The same in torch, one sequence at a time, in float64 over what the cache holds."""
     starts, contexts, table, slots = batch.tensors
     size = cache.block_size
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
-            cache.keys[slot // size, :, slot % size // LANES, :, slot % LANES] = key[:, token].half()
-            cache.values[slot // size, :, slot % size, : cache.value_dim] = value[:, token].half()
+            cache.put(slot, key[:, token], value[:, token])
     out = torch.empty((query.shape[1], query.shape[0], cache.value_dim))
     group = query.shape[0] // cache.num_kv_heads
     for seq, context in enumerate(contexts.tolist()):
@@ -278,7 +205,3 @@ def _check(query, key, value, cache, batch, window, softcap, sinks) -> None:
 
 def _rows(tensor: torch.Tensor) -> _Rows:
     return _Rows(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
-
-
-def _pitch(value_dim: int) -> int:
-    return (value_dim + LANES - 1) // LANES * LANES

@@ -140,11 +140,13 @@ struct Ragged {
 };
 
 struct Cache {
-    Aligned<half_t> keys, values;
+    Aligned<uint8_t> keys, values;
     LayerCache view;
-    Cache(int heads, int dim)
-        : keys(size_t(SEQS) * BLOCKS_EACH * heads * BLOCK * dim), values(size_t(SEQS) * BLOCKS_EACH * heads * BLOCK * round_up(dim, 16)) {
-        view = {keys.data, values.data, SEQS * BLOCKS_EACH, BLOCK, heads, dim, dim, round_up(dim, 16)};
+    Cache(int heads, int dim, KvType type) : keys(bytes(heads, dim, type)), values(bytes(heads, round_up(dim, 16), type)) {
+        view = {keys.data, values.data, SEQS * BLOCKS_EACH, BLOCK, heads, dim, dim, round_up(dim, 16), type};
+    }
+    static size_t bytes(int heads, int width, KvType type) {
+        return size_t(SEQS) * BLOCKS_EACH * heads * (type == KV_INT8 ? Sub<int8_t>::bytes(width) : Sub<half_t>::bytes(width));
     }
 };
 
@@ -152,8 +154,8 @@ static const std::vector<std::vector<std::pair<int, int>>> BATCHES = {
     {{20, 20}, {1, 1}, {3, 3}}, {{1, 21}, {70, 71}, {0, 3}}, {{1, 600}, {1, 600}, {1, 4}}, {{5, 605}, {1, 601}, {1, 5}}};
 
 static void attention_equals_one_thread(Workspace* alone, Workspace* many) {
-    for (int window : {0, 37}) {
-        Cache first(2, 20), second(2, 20);
+    for (auto [window, type] : {std::pair{0, KV_HALF}, {37, KV_HALF}, {0, KV_INT8}, {37, KV_INT8}}) {
+        Cache first(2, 20, type), second(2, 20, type);
         Plan plan;
         for (auto& lengths : BATCHES) {
             Ragged batch(lengths);
@@ -188,7 +190,7 @@ static void steps_equal_one_thread(Workspace* alone, Workspace* many) {
         y.rotation = {cos.data(), sin.data(), DIM, 640};
         y.num_heads = HEADS, y.window = l % 2 ? 37 : 0, y.scaling = .2f, y.residual_factor = .5f;
         y.activation = l % 2 ? GELU_TANH_TIMES : SILU_TIMES;
-        for (int side : {0, 1}) layers[side].push_back(y), caches[side].emplace_back(KV, DIM);
+        for (int side : {0, 1}) layers[side].push_back(y), caches[side].emplace_back(KV, DIM, l % 2 ? KV_INT8 : KV_HALF);
     }
     for (int side : {0, 1})
         for (int l = 0; l < LAYERS; l++) layers[side][l].cache = &caches[side][l].view;

@@ -6,24 +6,25 @@ import pytest
 import torch
 from mxn_kernels.copy_blocks import copy_blocks, copy_blocks_reference
 from mxn_kernels.cpu import Workspace
-from mxn_kernels.paged_attention import LayerCache
+from mxn_kernels.cpu_cache import KvDtype, LayerCache
 
 pytestmark = pytest.mark.torch
 
 
-def caches() -> tuple[LayerCache, LayerCache]:
-    shape = {"num_blocks": 6, "block_size": 32, "num_kv_heads": 3, "key_dim": 20, "value_dim": 40}
+def caches(kv_dtype: KvDtype = "fp16") -> tuple[LayerCache, LayerCache]:
+    shape = {"kv_dtype": kv_dtype, "num_blocks": 6, "block_size": 32, "num_kv_heads": 3, "key_dim": 20, "value_dim": 40}
     pair = LayerCache.allocate(**shape), LayerCache.allocate(**shape)
     for cache in pair:
         generator = torch.Generator().manual_seed(0)
-        cache.keys.copy_(torch.randn(cache.keys.shape, generator=generator))
-        cache.values.copy_(torch.randn(cache.values.shape, generator=generator))
+        cache.keys.random_(generator=generator)
+        cache.values.random_(generator=generator)
     return pair
 
 
 @pytest.mark.parametrize("moves", [[], [(0, 5)], [(2, 2)], [(0, 1), (1, 2), (2, 3)], [(3, 1), (0, 3)]])
-def test_equals_the_reference(workspace: Workspace, moves: list[tuple[int, int]]) -> None:
-    found, expected = caches()
+@pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+def test_equals_the_reference(workspace: Workspace, moves: list[tuple[int, int]], kv_dtype: KvDtype) -> None:
+    found, expected = caches(kv_dtype)
     copy_blocks(found, moves, workspace=workspace)
     copy_blocks_reference(expected, moves)
     assert torch.equal(found.keys, expected.keys)

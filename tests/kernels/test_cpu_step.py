@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from mxn_kernels.cpu import Workspace
+from mxn_kernels.cpu_cache import LayerCache
 from mxn_kernels.cpu_step import Decoder, DecoderStep, Layer, Norm, Rotation
 from mxn_kernels.int8_linear import Int8Weight, int8_linear, pack_int8
-from mxn_kernels.paged_attention import LayerCache, PagedBatch
+from mxn_kernels.paged_attention import PagedBatch
 from mxn_kernels.rms_norm import rms_norm
 
 pytestmark = pytest.mark.torch

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from mxn_kernels.cpu import Workspace
-from mxn_kernels.paged_attention import LayerCache, PagedBatch, paged_attention, paged_attention_reference
+from mxn_kernels.cpu_cache import KvDtype, LayerCache
+from mxn_kernels.paged_attention import PagedBatch, paged_attention, paged_attention_reference
 
 pytestmark = pytest.mark.torch
 
@@ -46,6 +47,7 @@ def make_case(
     block_size: int = 16,
     seed: int = 0,
     has_sinks: bool = False,
+    kv_dtype: KvDtype = "fp16",
     **options: object,
 ) -> Case:
     """lengths: (query, context) per sequence. Blocks are shuffled; spare blocks and unwritten slots hold NaN."""
@@ -57,10 +59,10 @@ def make_case(
     ids = torch.randperm(num_blocks, generator=generator).int()
     table = torch.zeros(len(lengths), max([*needed, 1]), dtype=torch.int32)
     shape = {"block_size": block_size, "num_kv_heads": num_kv_heads, "key_dim": key_dim, "value_dim": value_dim}
-    caches = [LayerCache.allocate(num_blocks=num_blocks, **shape) for _ in range(2)]
+    caches = [LayerCache.allocate(num_blocks=num_blocks, kv_dtype=kv_dtype, **shape) for _ in range(2)]
     for cache in caches:
-        cache.keys.fill_(torch.nan)
-        cache.values.fill_(torch.nan)
+        cache.keys.fill_(255)  # NaN as a half and as a float
+        cache.values.fill_(255)
     slots: list[int] = []
     taken = 0
     for row, (queries, context) in enumerate(lengths):
@@ -69,10 +71,9 @@ def make_case(
         places = [int(table[row, p // block_size]) * block_size + p % block_size for p in range(context)]
         slots += places[context - queries :]
         for slot in places[: context - queries]:
-            keys, values = random(num_kv_heads, key_dim).half(), random(num_kv_heads, value_dim).half()
+            keys, values = random(num_kv_heads, key_dim), random(num_kv_heads, value_dim)
             for cache in caches:
-                cache.keys[slot // block_size, :, slot % block_size // 16, :, slot % 16] = keys
-                cache.values[slot // block_size, :, slot % block_size, :value_dim] = values
+                cache.put(slot, keys, values)
     num_tokens = len(slots)
     starts = torch.tensor([0, *(queries for queries, _ in lengths)]).cumsum(0).int()
     contexts = torch.tensor([context for _, context in lengths], dtype=torch.int32)
@@ -84,6 +85,8 @@ def make_case(
     return Case(query, key, value, *caches, batch, {"scaling": key_dim**-0.5, "sinks": sinks, **options})
 
 
+both_types = pytest.mark.parametrize("kv_dtype", ["fp16", "int8"])
+
 MIXED = [(1, 1), (16, 16), (17, 17), (1, 16), (1, 17), (5, 40), (0, 3), (1, 700), (70, 300), (2, 1100), (1, 513)]
 
 
@@ -92,60 +95,76 @@ def check(case: Case, workspace: Workspace) -> None:
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
     # Bit for bit: what was written, and the NaN around it.
-    assert torch.equal(case.cache.keys.view(torch.int16), case.twin.keys.view(torch.int16))
-    width = case.cache.value_dim
-    values, twins = case.cache.values[..., :width].contiguous(), case.twin.values[..., :width].contiguous()
-    assert torch.equal(values.view(torch.int16), twins.view(torch.int16))
+    assert torch.equal(case.cache.keys, case.twin.keys)
+    assert torch.equal(values_of(case.cache), values_of(case.twin))
 
 
+def values_of(cache: LayerCache) -> torch.Tensor:
+    """The bytes of the values without the padding of their rows."""
+    head, size = (64, 1) if cache.kv_dtype == "int8" else (0, 2)
+    rows = cache.values[..., head:].unflatten(-1, (16, -1))[..., : cache.value_dim * size]
+    return torch.cat([cache.values[..., :head], rows.flatten(-2)], -1)
+
+
+@both_types
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 @pytest.mark.parametrize("key_dim", [8, 16, 20, 64, 80, 128, 256])
-def test_head_sizes_and_groups(workspace: Workspace, key_dim: int, group: int) -> None:
-    check(make_case(MIXED, key_dim=key_dim, group=group), workspace)
+def test_head_sizes_and_groups(workspace: Workspace, key_dim: int, group: int, kv_dtype: KvDtype) -> None:
+    check(make_case(MIXED, key_dim=key_dim, group=group, kv_dtype=kv_dtype), workspace)
 
 
+@both_types
 @pytest.mark.parametrize("group", [2, 5, 6, 7, 12, 71])
-def test_odd_groups(workspace: Workspace, group: int) -> None:
-    check(make_case([(1, 30), (9, 50), (1, 600)], num_kv_heads=1, group=group), workspace)
+def test_odd_groups(workspace: Workspace, group: int, kv_dtype: KvDtype) -> None:
+    check(make_case([(1, 30), (9, 50), (1, 600)], num_kv_heads=1, group=group, kv_dtype=kv_dtype), workspace)
 
 
+@both_types
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(192, 128), (8, 40), (64, 20), (1, 1)])
-def test_keys_and_values_of_different_size(workspace: Workspace, key_dim: int, value_dim: int) -> None:
-    check(make_case(MIXED, key_dim=key_dim, value_dim=value_dim, group=2), workspace)
+def test_keys_and_values_of_different_size(
+    workspace: Workspace, key_dim: int, value_dim: int, kv_dtype: KvDtype
+) -> None:
+    check(make_case(MIXED, key_dim=key_dim, value_dim=value_dim, group=2, kv_dtype=kv_dtype), workspace)
 
 
+@both_types
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 64, 65, 512, 5000])
-def test_window(workspace: Workspace, window: int) -> None:
-    check(make_case(MIXED, group=3, window=window), workspace)
+def test_window(workspace: Workspace, window: int, kv_dtype: KvDtype) -> None:
+    check(make_case(MIXED, group=3, window=window, kv_dtype=kv_dtype), workspace)
 
 
+@both_types
 @pytest.mark.parametrize("softcap", [1.0, 50.0])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_softcap_sinks_and_window_together(
-    workspace: Workspace, has_sinks: bool, window: int | None, softcap: float
+    workspace: Workspace, has_sinks: bool, window: int | None, softcap: float, kv_dtype: KvDtype
 ) -> None:
-    check(make_case(MIXED, group=4, window=window, softcap=softcap, has_sinks=has_sinks), workspace)
+    check(make_case(MIXED, group=4, window=window, softcap=softcap, has_sinks=has_sinks, kv_dtype=kv_dtype), workspace)
 
 
-def test_sinks_alone(workspace: Workspace) -> None:
-    check(make_case(MIXED, group=4, has_sinks=True), workspace)
+@both_types
+def test_sinks_alone(workspace: Workspace, kv_dtype: KvDtype) -> None:
+    check(make_case(MIXED, group=4, has_sinks=True, kv_dtype=kv_dtype), workspace)
 
 
+@both_types
 @pytest.mark.parametrize("block_size", [32, 48, 128])
-def test_block_sizes(workspace: Workspace, block_size: int) -> None:
-    check(make_case(MIXED, group=3, block_size=block_size, window=100), workspace)
+def test_block_sizes(workspace: Workspace, block_size: int, kv_dtype: KvDtype) -> None:
+    check(make_case(MIXED, group=3, block_size=block_size, window=100, kv_dtype=kv_dtype), workspace)
 
 
+@both_types
 @pytest.mark.parametrize("context", [511, 512, 513, 1024, 1025, 3000])
-def test_decode_over_chunk_edges(workspace: Workspace, context: int) -> None:
-    check(make_case([(1, context)], group=3), workspace)
+def test_decode_over_chunk_edges(workspace: Workspace, context: int, kv_dtype: KvDtype) -> None:
+    check(make_case([(1, context)], group=3, kv_dtype=kv_dtype), workspace)
 
 
+@both_types
 @pytest.mark.parametrize("queries", [2, 15, 16, 63, 64, 65, 193])
 @pytest.mark.parametrize("before", [0, 1, 63, 64, 130])
-def test_chunked_prefill(workspace: Workspace, before: int, queries: int) -> None:
-    check(make_case([(queries, before + queries)], group=3), workspace)
+def test_chunked_prefill(workspace: Workspace, before: int, queries: int, kv_dtype: KvDtype) -> None:
+    check(make_case([(queries, before + queries)], group=3, kv_dtype=kv_dtype), workspace)
 
 
 def test_empty_batch(workspace: Workspace) -> None:
@@ -155,20 +174,25 @@ def test_empty_batch(workspace: Workspace) -> None:
     assert case.kernel(workspace).shape == (0, 2, 64)
 
 
-def test_slot_minus_one_is_not_written(workspace: Workspace) -> None:
-    case = make_case([(1, 20), (4, 4)])
+@both_types
+def test_slot_minus_one_is_not_written(workspace: Workspace, kv_dtype: KvDtype) -> None:
+    case = make_case([(1, 20), (4, 4)], kv_dtype=kv_dtype)
     slots = case.batch.tensors[3]
     before = int(slots[0])
     slots[0] = -1
     case.cache.keys.zero_(), case.twin.keys.zero_(), case.cache.values.zero_(), case.twin.values.zero_()
     check(case, workspace)
-    assert (case.cache.keys[before // 16, :, 0, :, before % 16] == 0).all()
+    keys, _ = case.cache.gather(torch.tensor([before // 16]), 16)
+    assert (keys[:, before % 16] == 0).all()
 
 
+@both_types
 @pytest.mark.parametrize("window", [None, 100])
-def test_row_does_not_depend_on_the_batch_or_on_threads(workspace: Workspace, window: int | None) -> None:
+def test_row_does_not_depend_on_the_batch_or_on_threads(
+    workspace: Workspace, window: int | None, kv_dtype: KvDtype
+) -> None:
     """Each sequence alone, on one thread, gives the very bits it gives in company on two."""
-    case = make_case(MIXED, group=3, window=window, has_sinks=True)
+    case = make_case(MIXED, group=3, window=window, has_sinks=True, kv_dtype=kv_dtype)
     together = case.kernel(workspace)
     starts, contexts, table, slots = case.batch.tensors
     alone = Workspace(1, workspace.library.isa)
@@ -186,8 +210,9 @@ def test_row_does_not_depend_on_the_batch_or_on_threads(workspace: Workspace, wi
         assert torch.equal(part.kernel(alone), together[first:last])
 
 
-def test_prefill_does_not_depend_on_how_it_is_cut(workspace: Workspace) -> None:
-    case = make_case([(150, 150)], group=3)
+@both_types
+def test_prefill_does_not_depend_on_how_it_is_cut(workspace: Workspace, kv_dtype: KvDtype) -> None:
+    case = make_case([(150, 150)], group=3, kv_dtype=kv_dtype)
     whole = case.kernel(workspace)
     _, _, table, slots = case.batch.tensors
     for cut in (2, 33, 64, 100, 148):
@@ -199,10 +224,11 @@ def test_prefill_does_not_depend_on_how_it_is_cut(workspace: Workspace) -> None:
             assert torch.equal(part, whole[first:last])
 
 
+@both_types
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf])
-def test_broken_sequence_spoils_no_other(workspace: Workspace, broken: float) -> None:
+def test_broken_sequence_spoils_no_other(workspace: Workspace, broken: float, kv_dtype: KvDtype) -> None:
     lengths = [(1, 40), (20, 40), (1, 600), (1, 40), (20, 40)]
-    case = make_case(lengths, group=3)
+    case = make_case(lengths, group=3, kv_dtype=kv_dtype)
     expected = case.kernel(workspace)
     starts = case.batch.tensors[0]
     for row in (0, 1, 2):
@@ -246,7 +272,7 @@ def test_index_outside_the_cache_is_refused_and_nothing_written(workspace: Works
     case.batch.tensors[tensor][place] = value
     with pytest.raises(ValueError, match=message):
         case.kernel(workspace)
-    assert torch.equal(case.cache.keys.view(torch.int16), before.view(torch.int16))
+    assert torch.equal(case.cache.keys, before)
 
 
 def test_table_entries_past_the_context_are_not_followed(workspace: Workspace) -> None:
@@ -283,7 +309,17 @@ def test_unfit_operand_is_refused(workspace: Workspace, change: dict, message: s
         case.kernel(workspace)
 
 
-@pytest.mark.parametrize("sizes", [{"block_size": 8}, {"block_size": 24}, {"num_blocks": 0}, {"key_dim": 0}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"block_size": 8},
+        {"block_size": 24},
+        {"num_blocks": 0},
+        {"key_dim": 0},
+        {"kv_dtype": "fp8"},
+        {"kv_dtype": "int8", "key_dim": 1025},
+    ],
+)
 def test_unfit_cache_is_refused(sizes: dict) -> None:
     whole = {"num_blocks": 2, "block_size": 16, "num_kv_heads": 1, "key_dim": 8, "value_dim": 8}
     with pytest.raises(ValueError, match="found"):
@@ -298,6 +334,19 @@ def test_batch_of_another_type_is_refused() -> None:
 
 def test_bytes_per_block_is_what_a_block_takes() -> None:
     shape = {"block_size": 32, "num_kv_heads": 3, "key_dim": 20, "value_dim": 40}
-    cache = LayerCache.allocate(num_blocks=7, **shape)
-    stored = sum(t.numel() * t.element_size() for t in (cache.keys, cache.values))
-    assert LayerCache.bytes_per_block(**shape) * 7 == stored
+    for kv_dtype in ("fp16", "int8"):
+        cache = LayerCache.allocate(num_blocks=7, kv_dtype=kv_dtype, **shape)
+        assert LayerCache.bytes_per_block(kv_dtype=kv_dtype, **shape) * 7 == cache.keys.numel() + cache.values.numel()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e4])
+def test_eight_bit_rows_are_within_half_a_step(workspace: Workspace, size: float) -> None:
+    """Each token by its own largest value: a small row beside a large one keeps its digits."""
+    case = make_case([(40, 40)], kv_dtype="int8")
+    case.key[:, ::2] *= size
+    case.value[:, 1::2] *= size
+    case.kernel(workspace)
+    keys, values = case.cache.gather(case.batch.tensors[2][0, :3], 40)
+    for stored, given in ((keys, case.key), (values, case.value)):
+        step = given.abs().amax(-1, keepdim=True) / 127
+        assert ((stored - given).abs() <= 0.501 * step).all()

@@ -9,7 +9,8 @@ import torch
 from mxn_kernels import KernelUnavailable
 from mxn_kernels.copy_blocks import copy_blocks
 from mxn_kernels.cpu import Workspace, load_library
-from mxn_kernels.paged_attention import LayerCache, PagedBatch, paged_attention
+from mxn_kernels.cpu_cache import KvDtype, LayerCache
+from mxn_kernels.paged_attention import PagedBatch, paged_attention
 
 from mxn.attention.base import AttentionBackend, AttentionMetadata, LayerKV
 from mxn.errors import KernelUnavailableError
@@ -27,7 +28,10 @@ def prepare_cpu_kernels(isa: str | None = None) -> str:
 
 
 class PagedCpuAttention(AttentionBackend):
-    """C++ kernels over a half-precision KV cache. A row's result depends on its own sequence alone, bit for bit."""
+    """C++ kernels over a KV cache in half precision or 8 bits.
+
+    A row's result depends on its own sequence alone, bit for bit: not on the batch, threads, or how a prompt was cut.
+    """
 
     name: ClassVar[str] = "cpu-cpp"
 
@@ -39,8 +43,10 @@ class PagedCpuAttention(AttentionBackend):
         *,
         threads: int | None = None,
         isa: str | None = None,
+        kv_dtype: KvDtype = "fp16",
     ) -> None:
         """Args: threads: None for torch's number. isa: instruction set to build for, None for the CPU's best.
+          kv_dtype: "fp16", or "int8" with a scale per token and KV head, which takes little over half the memory.
 
         Raises: KernelUnavailableError with the reason; ValueError if block_size is not a multiple of 16.
         """
@@ -54,6 +60,7 @@ class PagedCpuAttention(AttentionBackend):
                 num_kv_heads=layer.num_kv_heads,
                 key_dim=layer.key_dim,
                 value_dim=layer.value_dim,
+                kv_dtype=kv_dtype,
             )
             for layer in layers
         ]
@@ -61,13 +68,14 @@ class PagedCpuAttention(AttentionBackend):
         self._batch: PagedBatch | None = None
 
     @classmethod
-    def bytes_per_block(cls, layers: Sequence[LayerKV], block_size: int, **options: object) -> int:
+    def bytes_per_block(cls, layers: Sequence[LayerKV], block_size: int, *, kv_dtype: KvDtype = "fp16") -> int:
         return sum(
             LayerCache.bytes_per_block(
                 block_size=block_size,
                 num_kv_heads=layer.num_kv_heads,
                 key_dim=layer.key_dim,
                 value_dim=layer.value_dim,
+                kv_dtype=kv_dtype,
             )
             for layer in layers
         )

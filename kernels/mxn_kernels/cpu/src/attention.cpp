@@ -4,6 +4,7 @@
 #include <new>
 
 #include "attention.h"
+#include "gemm.h"
 
 Fault check(const Batch& batch, const LayerCache& cache) {
     const int32_t* starts = batch.query_starts;
@@ -28,27 +29,40 @@ Fault check(const Batch& batch, const LayerCache& cache) {
     return {FINE, 0, 0, 0};
 }
 
+static void write_half(const LayerCache& cache, const float* key, const float* value, uint8_t* key_sub, uint8_t* value_sub, int lane) {
+    half_t *keys = (half_t*)key_sub + lane, *values = (half_t*)value_sub + lane * cache.value_pitch;
+    for (int d = 0; d < cache.key_dim; d += LANES) {
+        half_t halves[LANES];
+        int n = std::min(LANES, cache.key_dim - d);
+        store16_half(halves, n == LANES ? load16(key + d) : load16(key + d, n));
+        for (int i = 0; i < n; i++) keys[(d + i) * LANES] = halves[i];
+    }
+    for (int d = 0; d < cache.value_dim; d += LANES) {  // the row is padded with zeros up to the pitch
+        int n = std::min(LANES, cache.value_dim - d);
+        store16_half(values + d, n == LANES ? load16(value + d) : load16(value + d, n));
+    }
+}
+
+// Each token by its own largest value, as activations are.
+static void write_int8(const LayerCache& cache, const float* key, const float* value, uint8_t* key_sub, uint8_t* value_sub, int lane) {
+    constexpr size_t SCALES = Sub<int8_t>::SCALE_BYTES;
+    int32_t surplus;
+    int8_t row[MAX_INT8_KEY_DIM];
+    quantise_row(key, cache.key_dim, 0, round_up(cache.key_dim, LANES), {row, (float*)key_sub + lane, &surplus, nullptr});
+    for (int d = 0; d < cache.key_dim; d++) ((int8_t*)key_sub)[SCALES + d * LANES + lane] = row[d];
+    int8_t* values = (int8_t*)value_sub + SCALES + lane * cache.value_pitch;
+    quantise_row(value, cache.value_dim, 0, cache.value_pitch, {values, (float*)value_sub + lane, &surplus, nullptr});
+}
+
 void write_token(const Call& call, int64_t token) {
     const LayerCache& cache = call.cache;
     int slot = call.batch.slot_mapping[token];
     if (slot < 0) return;
     int block = slot / cache.block_size, sub = slot % cache.block_size / LANES, lane = slot % LANES;
-    for (int head = 0; head < cache.num_kv_heads; head++) {
-        const float* from = call.in.key.at(head, token);
-        half_t* keys = cache.key_sub(block, head, sub) + lane;
-        for (int d = 0; d < cache.key_dim; d += LANES) {
-            half_t halves[LANES];
-            int n = std::min(LANES, cache.key_dim - d);
-            store16_half(halves, n == LANES ? load16(from + d) : load16(from + d, n));
-            for (int i = 0; i < n; i++) keys[(d + i) * LANES] = halves[i];
-        }
-        from = call.in.value.at(head, token);
-        half_t* values = cache.value_sub(block, head, sub) + (int64_t)lane * cache.value_pitch;
-        for (int d = 0; d < cache.value_dim; d += LANES) {  // the row is padded with zeros up to the pitch
-            int n = std::min(LANES, cache.value_dim - d);
-            store16_half(values + d, n == LANES ? load16(from + d) : load16(from + d, n));
-        }
-    }
+    auto* write = cache.type == KV_INT8 ? write_int8 : write_half;
+    for (int head = 0; head < cache.num_kv_heads; head++)
+        write(cache, call.in.key.at(head, token), call.in.value.at(head, token), cache.key_sub(block, head, sub),
+              cache.value_sub(block, head, sub), lane);
 }
 
 void Plan::make(const Call& call) {

@@ -6,21 +6,38 @@
 #include "simd.h"
 #include "workspace.h"
 
-// One layer's cache. Sixteen tokens make a sub-block: keys [Dk][16] so that a register holds one dimension of sixteen tokens,
-// values [16][pitch] so that it holds sixteen dimensions of one token. A block is [kv_heads][block_size / 16] sub-blocks.
+enum KvType : int32_t { KV_HALF, KV_INT8 };
+
+// Sixteen tokens of one head, as numbers of type T: keys [key_dim][16], so that a register holds one dimension of sixteen tokens; values
+// [16][pitch], so that it holds sixteen dimensions of one token. Bytes are preceded by sixteen scales, one per token.
+template <class T> struct Sub {
+    const uint8_t* start;
+
+    static constexpr bool HAS_SCALES = sizeof(T) == 1;
+    static constexpr size_t SCALE_BYTES = HAS_SCALES ? LANES * sizeof(float) : 0;
+    static size_t bytes(int width) { return SCALE_BYTES + sizeof(T) * LANES * width; }
+    const T* numbers() const { return (const T*)(start + SCALE_BYTES); }
+    const float* scales() const { return (const float*)start; }
+};
+MXN_INLINE Vec16 load_numbers(const half_t* p) { return load16_half(p); }
+MXN_INLINE Vec16 load_numbers(const int8_t* p) { return load16_bytes(p); }
+
+// One layer's cache: a block is [kv_heads][block_size / 16] sub-blocks.
 struct LayerCache {
-    half_t* keys;
-    half_t* values;
+    uint8_t *keys, *values;
     int32_t num_blocks, block_size, num_kv_heads, key_dim, value_dim, value_pitch;
+    KvType type;
 
     int sub_blocks() const { return block_size / LANES; }
-    half_t* key_sub(int64_t block, int head, int sub) const {
-        return keys + ((block * num_kv_heads + head) * sub_blocks() + sub) * LANES * key_dim;
+    size_t sub_bytes(int width) const { return type == KV_INT8 ? Sub<int8_t>::bytes(width) : Sub<half_t>::bytes(width); }
+    uint8_t* key_sub(int64_t block, int head, int sub) const {
+        return keys + ((block * num_kv_heads + head) * sub_blocks() + sub) * sub_bytes(key_dim);
     }
-    half_t* value_sub(int64_t block, int head, int sub) const {
-        return values + ((block * num_kv_heads + head) * sub_blocks() + sub) * LANES * value_pitch;
+    uint8_t* value_sub(int64_t block, int head, int sub) const {
+        return values + ((block * num_kv_heads + head) * sub_blocks() + sub) * sub_bytes(value_pitch);
     }
 };
+constexpr int MAX_INT8_KEY_DIM = 1024;
 
 // The flat ragged batch, as AttentionMetadata describes it.
 struct Batch {
@@ -56,11 +73,11 @@ struct Call {
     int context(int seq) const { return batch.context_lens[seq]; }
     // First position that the query at `position` sees.
     int first_seen(int position) const { return in.window > 0 && position >= in.window ? position - in.window + 1 : 0; }
-    const half_t* keys(int seq, int head, int sub) const {
-        return cache.key_sub(block(seq, sub), head, sub % cache.sub_blocks());
+    template <class T> Sub<T> keys(int seq, int head, int sub) const {
+        return {cache.key_sub(block(seq, sub), head, sub % cache.sub_blocks())};
     }
-    const half_t* values(int seq, int head, int sub) const {
-        return cache.value_sub(block(seq, sub), head, sub % cache.sub_blocks());
+    template <class T> Sub<T> values(int seq, int head, int sub) const {
+        return {cache.value_sub(block(seq, sub), head, sub % cache.sub_blocks())};
     }
     float* out(int64_t token, int head) const { return in.out + (token * in.num_heads + head) * cache.value_dim; }
 

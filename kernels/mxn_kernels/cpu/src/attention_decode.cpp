@@ -21,11 +21,15 @@ struct Chunk {
     int pitch() const { return blocks * LANES; }
 };
 
-MXN_INLINE void prefetch(const half_t* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
+constexpr int LINE = 64;  // bytes of a cache line
 
 // Scores of R rows against B sub-blocks. `soon` are read a little later: their lines are fetched meanwhile.
-template <int R, int B>
-MXN_INLINE void score(const float* q, int dim, const half_t* const* keys, const half_t* const* soon, float* to, int pitch) {
+template <class T, int R, int B>
+MXN_INLINE void score(const float* q, int dim, const Sub<T>* keys, const Sub<T>* soon, float* to, int pitch) {
+    constexpr int DIMS_A_LINE = LINE / (LANES * sizeof(T));
+    const T *now[B], *next[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) now[b] = keys[b].numbers(), next[b] = soon[b].numbers();
     Vec16 sum[R][B];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -34,8 +38,8 @@ MXN_INLINE void score(const float* q, int dim, const half_t* const* keys, const 
     for (int d = 0; d < dim; d++) {
 #pragma GCC unroll 8
         for (int b = 0; b < B; b++) {
-            Vec16 k = load16_half(keys[b] + d * LANES);
-            if (d % 2 == 0) prefetch(soon[b] + d * LANES);
+            Vec16 k = load_numbers(now[b] + d * LANES);
+            if (d % DIMS_A_LINE == 0) prefetch(next[b] + d * LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) sum[r][b] = fma(set16(q[r * dim + d]), k, sum[r][b]);
         }
@@ -43,24 +47,28 @@ MXN_INLINE void score(const float* q, int dim, const half_t* const* keys, const 
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int b = 0; b < B; b++) store16(to + r * pitch + b * LANES, sum[r][b]);
+        for (int b = 0; b < B; b++) {
+            Vec16 s = sum[r][b];
+            if constexpr (Sub<T>::HAS_SCALES) s = mul(s, load16(keys[b].scales()));
+            store16(to + r * pitch + b * LANES, s);
+        }
 }
 
-template <int R> static void score_chunk(const Call& call, int seq, int head, const Chunk& chunk, const float* q, float* scores) {
+template <class T, int R> static void score_chunk(const Call& call, int seq, int head, const Chunk& chunk, const float* q, float* scores) {
     constexpr int B = score_blocks(R);
     int dim = call.cache.key_dim, i = 0;
-    const half_t *keys[B], *soon[B];
+    Sub<T> keys[B], soon[B];
     for (; i + B <= chunk.blocks; i += B) {
         for (int b = 0; b < B; b++) {
             int next = i + B + b < chunk.blocks ? i + B + b : chunk.blocks - 1;
-            keys[b] = call.keys(seq, head, chunk.base + i + b);
-            soon[b] = call.keys(seq, head, chunk.base + next);
+            keys[b] = call.keys<T>(seq, head, chunk.base + i + b);
+            soon[b] = call.keys<T>(seq, head, chunk.base + next);
         }
-        score<R, B>(q, dim, keys, soon, scores + i * LANES, chunk.pitch());
+        score<T, R, B>(q, dim, keys, soon, scores + i * LANES, chunk.pitch());
     }
     for (; i < chunk.blocks; i++) {
-        keys[0] = call.keys(seq, head, chunk.base + i);
-        score<R, 1>(q, dim, keys, keys, scores + i * LANES, chunk.pitch());
+        keys[0] = call.keys<T>(seq, head, chunk.base + i);
+        score<T, R, 1>(q, dim, keys, keys, scores + i * LANES, chunk.pitch());
     }
 }
 
@@ -86,7 +94,18 @@ static void soften(float* scores, const Chunk& chunk, float softcap, float* peak
     *total = sum_lanes(sum);
 }
 
-template <int R, int C>
+// Where values have scales of their own, weights take them over: a token's scale times its weight.
+template <class T> static void take_scales(const Call& call, int seq, int head, const Chunk& chunk, int rows, float* weights) {
+    for (int i = 0; i < chunk.blocks; i++) {
+        Vec16 scales = load16(call.values<T>(seq, head, chunk.base + i).scales());
+        for (int r = 0; r < rows; r++) {
+            float* w = weights + r * chunk.pitch() + i * LANES;
+            store16(w, mul(load16(w), scales));
+        }
+    }
+}
+
+template <class T, int R, int C>
 MXN_INLINE void weigh(const Call& call, int seq, int head, const Chunk& chunk, const float* weights, int column, float* to) {
     int pitch = call.cache.value_pitch;
     Vec16 sum[R][C];
@@ -97,15 +116,15 @@ MXN_INLINE void weigh(const Call& call, int seq, int head, const Chunk& chunk, c
     for (int i = 0; i < chunk.blocks; i++) {
         int start = (chunk.base + i) * LANES;
         int from = chunk.first > start ? chunk.first - start : 0, end = chunk.last < start + LANES ? chunk.last - start : LANES;
-        const half_t* values = call.values(seq, head, chunk.base + i) + column;
-        const half_t* soon = call.values(seq, head, chunk.base + (i + 1 < chunk.blocks ? i + 1 : i)) + column;
+        const T* values = call.values<T>(seq, head, chunk.base + i).numbers() + column;
+        const T* soon = call.values<T>(seq, head, chunk.base + (i + 1 < chunk.blocks ? i + 1 : i)).numbers() + column;
         const float* w = weights + i * LANES;
         for (int t = from; t < end; t++) {  // tokens outside are never read: they may hold anything
             Vec16 v[C];
 #pragma GCC unroll 8
-            for (int c = 0; c < C; c++) v[c] = load16_half(values + t * pitch + c * LANES);
+            for (int c = 0; c < C; c++) v[c] = load_numbers(values + t * pitch + c * LANES);
 #pragma GCC unroll 8
-            for (int c = 0; c < C; c += 2) prefetch(soon + t * pitch + c * LANES);
+            for (int c = 0; c < C; c += LINE / (LANES * (int)sizeof(T))) prefetch(soon + t * pitch + c * LANES);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
                 Vec16 p = set16(w[r * chunk.pitch() + t]);
@@ -120,22 +139,24 @@ MXN_INLINE void weigh(const Call& call, int seq, int head, const Chunk& chunk, c
         for (int c = 0; c < C; c++) store16(to + r * pitch + column + c * LANES, sum[r][c]);
 }
 
-template <int R>
+template <class T, int R>
 static void attend(const Call& call, int seq, int head, const Chunk& chunk, const float* q, float* scores, float* sums, float* peaks, float* totals) {
     constexpr int C = value_columns(R);
-    score_chunk<R>(call, seq, head, chunk, q, scores);
+    score_chunk<T, R>(call, seq, head, chunk, q, scores);
     for (int r = 0; r < R; r++) soften(scores + r * chunk.pitch(), chunk, call.in.softcap, peaks + r, totals + r);
+    if constexpr (Sub<T>::HAS_SCALES) take_scales<T>(call, seq, head, chunk, R, scores);
     int column = 0, width = call.cache.value_pitch;
-    for (; column + C * LANES <= width; column += C * LANES) weigh<R, C>(call, seq, head, chunk, scores, column, sums);
-    for (; column < width; column += LANES) weigh<R, 1>(call, seq, head, chunk, scores, column, sums);
+    for (; column + C * LANES <= width; column += C * LANES) weigh<T, R, C>(call, seq, head, chunk, scores, column, sums);
+    for (; column < width; column += LANES) weigh<T, R, 1>(call, seq, head, chunk, scores, column, sums);
 }
 
 typedef void Attend(const Call&, int, int, const Chunk&, const float*, float*, float*, float*, float*);
+template <class T>
+static Attend* const ATTEND[] = {nullptr,      attend<T, 1>, attend<T, 2>, attend<T, 3>, attend<T, 4>,
 #if MXN_AVX512
-static Attend* const ATTEND[] = {nullptr,   attend<1>, attend<2>, attend<3>, attend<4>, attend<5>, attend<6>, attend<7>, attend<8>};
-#else
-static Attend* const ATTEND[] = {nullptr, attend<1>, attend<2>, attend<3>, attend<4>};
+                                 attend<T, 5>, attend<T, 6>, attend<T, 7>, attend<T, 8>
 #endif
+};
 
 // ---------------------------------------------------------------- chunks and their merging
 
@@ -189,7 +210,7 @@ void decode_chunk(const Call& call, const DecodeUnit& unit, char* scratch, float
     for (int g = 0; g < group; g++) scale_row(call.in.query.at(unit.head * group + g, token), dim, call.in.scaling, q + g * dim);
     for (int g = 0; g < group;) {
         int rows = group - g < MAX_ROWS ? group - g : MAX_ROWS;
-        ATTEND[rows](call, seq, unit.head, chunk, q + g * dim, scores, sums + (int64_t)g * pitch, peaks + g, totals + g);
+        (call.cache.type == KV_INT8 ? ATTEND<int8_t> : ATTEND<half_t>)[rows](call, seq, unit.head, chunk, q + g * dim, scores, sums + (int64_t)g * pitch, peaks + g, totals + g);
         g += rows;
     }
     if (unit.partial >= 0) return;

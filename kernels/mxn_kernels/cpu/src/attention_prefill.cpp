@@ -107,8 +107,11 @@ static void soften(float* scores, int first, int last, int from_sub, int end_sub
     *total = *total * (before == base ? 1.f : expf(before - base)) + sum_lanes(sum);
 }
 
-static void load_tile(const Call& call, int seq, int head, int start, int end, float* keys, float* values) {
+template <class T> MXN_INLINE Vec16 scaled(Vec16 numbers, Vec16 scales) { return Sub<T>::HAS_SCALES ? mul(numbers, scales) : numbers; }
+
+template <class T> static void load_tile(const Call& call, int seq, int head, int start, int end, float* keys, float* values) {
     int dim = call.cache.key_dim, pitch = call.cache.value_pitch;
+    const Vec16 one = set16(1.f);
     for (int b = 0; b < TILE_SUBS; b++) {
         float *k = keys + b * LANES * dim, *v = values + b * LANES * pitch;
         int present = end - start - b * LANES;
@@ -118,10 +121,14 @@ static void load_tile(const Call& call, int seq, int head, int start, int end, f
             memset(v, 0, sizeof(float) * LANES * pitch);
             continue;
         }
-        const half_t* from = call.keys(seq, head, start / LANES + b);
-        for (int i = 0; i < LANES * dim; i += LANES) store16(k + i, load16_half(from + i));
-        from = call.values(seq, head, start / LANES + b);
-        for (int i = 0; i < present * pitch; i += LANES) store16(v + i, load16_half(from + i));
+        Sub<T> from = call.keys<T>(seq, head, start / LANES + b);
+        Vec16 scales = Sub<T>::HAS_SCALES ? load16(from.scales()) : one;
+        for (int i = 0; i < LANES * dim; i += LANES) store16(k + i, scaled<T>(load_numbers(from.numbers() + i), scales));
+        from = call.values<T>(seq, head, start / LANES + b);
+        for (int t = 0; t < present; t++) {
+            Vec16 scale = Sub<T>::HAS_SCALES ? set16(from.scales()[t]) : one;
+            for (int i = t * pitch; i < (t + 1) * pitch; i += LANES) store16(v + i, scaled<T>(load_numbers(from.numbers() + i), scale));
+        }
         memset(v + present * pitch, 0, sizeof(float) * (LANES - present) * pitch);  // unwritten slots may hold NaN
     }
 }
@@ -170,7 +177,7 @@ void prefill_tile(const Call& call, const PrefillUnit& unit, char* base) {
     memset(s.sums, 0, sizeof(float) * padded * pitch);
 
     for (int start = call.first_seen(position) / KEY_TILE * KEY_TILE; start <= last_position; start += KEY_TILE) {
-        load_tile(call, unit.seq, unit.head, start, last_position + 1, s.keys, s.values);
+        (call.cache.type == KV_INT8 ? load_tile<int8_t> : load_tile<half_t>)(call, unit.seq, unit.head, start, last_position + 1, s.keys, s.values);
         for (int r = 0; r < padded; r += ROWS) {
             // Keys that any row of the group sees, relative to the tile.
             int first = call.first_seen(position_of(r)) - start, last = position_of(r + ROWS - 1) + 1 - start;

@@ -54,5 +54,3 @@ MXN_INLINE VecI dot(VecI sum, VecI weights, Inputs x) {
 #define DOT(sum, weights, inputs) sum = dot(sum, weights, inputs)
 #endif
 #endif
-
-MXN_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }

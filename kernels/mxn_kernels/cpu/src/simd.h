@@ -27,6 +27,9 @@ MXN_INLINE Vec16 load16(const float* p, int n) { return {_mm512_maskz_loadu_ps(l
 MXN_INLINE void store16(float* p, Vec16 x) { _mm512_storeu_ps(p, x.v); }
 MXN_INLINE void store16(float* p, int n, Vec16 x) { _mm512_mask_storeu_ps(p, lanes_below(n), x.v); }
 MXN_INLINE Vec16 load16_half(const half_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+MXN_INLINE Vec16 load16_bytes(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
+}
 MXN_INLINE void store16_half(half_t* p, Vec16 x) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x.v, 0)); }
 MXN_INLINE Vec16 add(Vec16 a, Vec16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 MXN_INLINE Vec16 sub(Vec16 a, Vec16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -81,6 +84,10 @@ MXN_INLINE void store16(float* p, int n, Vec16 x) {
 }
 MXN_INLINE Vec16 load16_half(const half_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+MXN_INLINE Vec16 load16_bytes(const int8_t* p) {
+    __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 MXN_INLINE void store16_half(half_t* p, Vec16 x) {
     _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.lo, 0)), _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.hi, 0));
@@ -145,5 +152,7 @@ struct FlushDenormals {
     FlushDenormals() { _mm_setcsr(before | 0x8040); }
     ~FlushDenormals() { _mm_setcsr(before); }
 };
+
+MXN_INLINE void prefetch(const void* p) { _mm_prefetch((const char*)p, _MM_HINT_T0); }
 
 MXN_INLINE int round_up(int n, int to) { return (n + to - 1) / to * to; }
