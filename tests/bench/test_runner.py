@@ -31,7 +31,7 @@ class ScriptedArm:
     async def run(self, prompts: list[str], max_tokens: int, concurrency: int) -> list[RequestResult]:
         self.log.append((self.subject.label, prompts[0]))
         await asyncio.sleep(0)
-        start_s, seconds = time.perf_counter(), self.token_s * max_tokens
+        start_s, seconds = time.monotonic(), self.token_s * max_tokens
         self.clock.advance(seconds)
         times_s = tuple(start_s + self.token_s * (i + 1) for i in range(max_tokens))
         return [

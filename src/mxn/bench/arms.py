@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from mxn.bench.client import CompletionsClient, RequestResult
-from mxn.engine.http_stream import ConnectionPool
+from mxn.bench.load import LoadRun, Session, drive
 from mxn.bench.records import Subject
 from mxn.energy.reader import PowerReader
+from mxn.engine.http_stream import ConnectionPool
 from mxn.errors import ConfigError
 
 
@@ -25,6 +26,14 @@ class Arm(Protocol):
 
     def close(self) -> None:
         """Gives back what the arm holds. Safe to call twice."""
+
+
+@runtime_checkable
+class LoadArm(Protocol):
+    """An arm that takes any load: open loops, conversations, uneven requests."""
+
+    async def drive(self, sessions: Sequence[Session], concurrency: int) -> LoadRun:
+        """Sends all sessions, see `load.drive`."""
 
 
 class HttpArm:
@@ -45,6 +54,9 @@ class HttpArm:
 
     async def run(self, prompts: Sequence[str], max_tokens: int, concurrency: int) -> list[RequestResult]:
         return await self._client.run(prompts, max_tokens, concurrency)
+
+    async def drive(self, sessions: Sequence[Session], concurrency: int) -> LoadRun:
+        return await drive(self._client, sessions, concurrency=concurrency)
 
     def close(self) -> None:
         self._client.close()

@@ -1,4 +1,4 @@
-"""Load against an OpenAI-compatible server: streaming completions in a closed loop, each token's arrival timed."""
+"""One client of an OpenAI-compatible server: streaming completions, each token's arrival timed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from mxn.engine.http_stream import ConnectionPool, TransportError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestResult:
-    """What one request did. Times are perf_counter seconds.
+    """What one request did. Times are monotonic seconds.
 
     chunk_times_s: arrival of each piece of the stream that carried output; the first one is the TTFT's end.
     num_output_tokens, num_prompt_tokens: as the server counted them; prompt None when it did not say.
-    error: why the request failed; None when it ended as asked.
+    error, error_kind: why the request failed, for people and for counting; None when it ended as asked.
+    scheduled_s: when an open loop meant to send it; None in a closed loop.
+    asked_output_tokens, asked_prompt_tokens: what it should have been; None where that is not known.
+    text: what was said, kept only where the next turn of a conversation needs it.
     """
 
     start_s: float
@@ -28,6 +31,11 @@ class RequestResult:
     num_prompt_tokens: int | None = None
     num_cached_tokens: int | None = None
     error: str | None = None
+    error_kind: str | None = None
+    scheduled_s: float | None = None
+    asked_output_tokens: int | None = None
+    asked_prompt_tokens: int | None = None
+    text: str = ""
 
 
 class _Details(msgspec.Struct):
@@ -42,6 +50,10 @@ class _Usage(msgspec.Struct):
 
 class _Error(msgspec.Struct):
     message: str = ""
+
+
+class _Choice(msgspec.Struct):
+    text: str = ""
 
 
 class _Chunk(msgspec.Struct):
@@ -63,8 +75,10 @@ class _Stream:
     times_s: list[float] = field(default_factory=list)
     usage: _Usage | None = None
     error: str | None = None
+    error_kind: str | None = None
     is_done: bool = False
     raw: bytearray = field(default_factory=bytearray)
+    texts: list[str] | None = None
 
     def feed(self, data: bytes, at_s: float) -> None:
         if self.raw or not data.endswith(b"\n\n"):
@@ -86,13 +100,17 @@ class _Stream:
             chunk = _decode(event)
         except msgspec.DecodeError as err:
             self.error = self.error or f"an event is not a completion chunk: {err}"
+            self.error_kind = self.error_kind or "bad_stream"
             return
         if chunk.error is not None:
             self.error = chunk.error.message or "the server sent an error without a message"
+            self.error_kind = "error_event"
         if chunk.usage is not None:
             self.usage = chunk.usage
         if chunk.choices:
             self.times_s.append(at_s)
+            if self.texts is not None:
+                self.texts.append(msgspec.json.decode(chunk.choices[0], type=_Choice).text)
 
 
 class CompletionsClient:
@@ -117,27 +135,32 @@ class CompletionsClient:
         self._fields = {"model": model, "temperature": 0, **({"ignore_eos": True} if extra is None else extra)}
         self._timeout_s = timeout_s
 
-    async def complete(self, prompt: str, max_tokens: int, *, stream: bool = True) -> RequestResult:
+    async def complete(
+        self, prompt: str, max_tokens: int, *, stream: bool = True, keeps_text: bool = False
+    ) -> RequestResult:
         """One request. Never raises for a server that refuses, breaks off or cannot be reached: the result says so."""
         fields = {**self._fields, "prompt": prompt, "max_tokens": max_tokens, "stream": stream}
         if stream:
             fields["stream_options"] = {"include_usage": True}
-        body, answer, parts = _encode(fields), _Stream(), bytearray()
+        body, parts = _encode(fields), bytearray()
+        answer = _Stream(texts=[] if keeps_text else None)
         sink: Callable[[bytes, float], None] = answer.feed if stream else lambda data, at_s: parts.extend(data)
-        start_s = time.perf_counter()
+        start_s = time.monotonic()
         try:
             status = await self._pool.exchange(
                 "POST", "/completions", headers=self._headers, body=body, sink=sink, timeout_s=self._timeout_s
             )
-            end_s = time.perf_counter()
+            end_s = time.monotonic()
             if status != 200:
                 answer.error = f"HTTP {status}: {_error_text(bytes(answer.raw) if stream else bytes(parts))}"
+                answer.error_kind = f"http_{status}"
             elif not stream:
                 answer.usage, answer.times_s, answer.is_done = _decode(bytes(parts)).usage, [end_s], True
         except (TransportError, msgspec.DecodeError) as err:
-            end_s, answer.error = time.perf_counter(), str(err)
+            end_s, answer.error = time.monotonic(), str(err)
+            answer.error_kind = "connection" if isinstance(err, TransportError) else "bad_answer"
         if answer.error is None and not answer.is_done:
-            answer.error = "the stream ended without [DONE]"
+            answer.error, answer.error_kind = "the stream ended without [DONE]", "bad_stream"
         usage = answer.usage or _Usage(completion_tokens=len(answer.times_s))
         details = usage.prompt_tokens_details
         return RequestResult(
@@ -148,6 +171,9 @@ class CompletionsClient:
             num_prompt_tokens=usage.prompt_tokens,
             num_cached_tokens=details.cached_tokens if details else None,
             error=answer.error,
+            error_kind=answer.error_kind,
+            asked_output_tokens=max_tokens,
+            text="".join(answer.texts or ()),
         )
 
     async def run(self, prompts: Sequence[str], max_tokens: int, concurrency: int) -> list[RequestResult]:

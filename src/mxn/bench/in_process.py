@@ -95,13 +95,13 @@ class InProcessArm:
         while waiting or running:
             while waiting and len(running) < concurrency:
                 index, prompt = waiting.pop()
-                start_s = time.perf_counter()
+                start_s = time.monotonic()
                 ids = self._encode(prompt) if isinstance(prompt, str) else prompt
                 running[self._next_id] = _Running(index, start_s, len(ids))
                 self._engine.add(SequenceRequest(seq_id=self._next_id, prompt_token_ids=ids, sampling=sampling))
                 self._next_id += 1
             outputs = self._engine.step()
-            now_s = time.perf_counter()
+            now_s = time.monotonic()
             for output in outputs:
                 sequence = running[output.seq_id]
                 if output.token_ids:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mxn.bench.arrivals import ArrivalKind
 from mxn.errors import ConfigError, ModelError
 
 Headline = Literal["decode_tokens_per_s", "output_tokens_per_s", "prompt_tokens_per_s", "duration_s"]
@@ -15,9 +16,14 @@ Headline = Literal["decode_tokens_per_s", "output_tokens_per_s", "prompt_tokens_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """A closed loop: `num_requests` requests, `concurrency` at a time, greedy, end of text ignored.
+    """Requests and when they are sent; greedy, end of text ignored.
 
+    arrival: "closed" sends the next request when one of `concurrency` ends. The others are open loops at `rate_per_s`
+      (see `arrivals`), or at a trace's own times; nothing waits for the server then, and concurrency is 0.
     shared_tokens: leading prompt tokens that all requests of one repetition have in common.
+    length_spread: prompt and output lengths are drawn evenly from the means -+ this share of them.
+    turns: requests of one conversation, each with what was said before in front of it, `think_s` seconds apart.
+    dataset: where lengths, texts or times come from, with its SHA-256; the token counts are means then.
     headline: the figure the workload is run for.
     """
 
@@ -29,11 +35,24 @@ class Workload:
     concurrency: int
     headline: Headline
     shared_tokens: int = 0
+    arrival: ArrivalKind = "closed"
+    rate_per_s: float | None = None
+    burstiness: float = 1.0
+    length_spread: float = 0.0
+    turns: int = 1
+    think_s: float = 0.0
+    dataset: str = "synthetic"
+    dataset_sha256: str = ""
 
     @property
     def is_lower_better(self) -> bool:
         """True when a smaller headline is the better one."""
         return self.headline == "duration_s"
+
+    @property
+    def is_open(self) -> bool:
+        """True when requests do not wait for others to end."""
+        return self.arrival != "closed"
 
 
 WORKLOADS = {
@@ -160,6 +179,24 @@ class PromptMaker:
         shared = self._words(max(0, workload.shared_tokens - self._num_special))
         num_own = workload.prompt_tokens - self._num_special - len(shared)
         return [self._text([*shared, *self._words(num_own)]) for _ in range(workload.num_requests)]
+
+    def text(self, num_tokens: int, *, shared: Sequence[int] = (), is_first: bool = True) -> str:
+        """A fresh prompt of so many tokens that begins with `shared` ids; special tokens count if it comes first."""
+        num_own = num_tokens - (self._num_special if is_first else 0) - len(shared)
+        ids = [*shared, *self._words(max(num_own, 0))][: max(num_tokens - self._num_special, 1)]
+        return self._text(ids)
+
+    def shared(self, num_tokens: int) -> list[int]:
+        """Fresh ids for prompts to have in common."""
+        return self._words(max(num_tokens - self._num_special, 0))
+
+    def block(self, block_id: int, num_tokens: int) -> list[int]:
+        """The ids of a named block: the same name gives the same ids in every repetition of every run."""
+        return random.Random(f"block {block_id}").choices(self._word_ids, k=num_tokens)
+
+    def length(self, mean: int, spread: float) -> int:
+        """A length drawn evenly from mean -+ spread."""
+        return max(1, round(mean * (1 + spread * self._random.uniform(-1, 1)))) if spread else mean
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt as a server would see it."""

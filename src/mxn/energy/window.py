@@ -28,7 +28,7 @@ class SourceEnergy:
     """What one reader says of a window.
 
     begin_s, end_s: monotonic seconds at which its two values held. edge_error: share of the window by which these are
-    uncertain (update period / length). num_gaps: times it lost energy in between; then there are no joules.
+    uncertain (update period / length, at most 1). num_gaps: times it lost energy in between; then there are no joules.
     """
 
     name: str
@@ -147,7 +147,7 @@ def combine(windows: Sequence[WindowEnergy]) -> WindowEnergy:
 
 def _source(reader: PowerReader, begin: Reading, end: Reading) -> SourceEnergy:
     seconds = end.time_s - begin.time_s
-    edge = reader.update_period_s / seconds if seconds > 0 else math.inf
+    edge = min(reader.update_period_s / seconds, 1.0) if seconds > 0 else 1.0
     loss, reason = _fault(reader, begin, end, edge) or (None, None)
     return SourceEnergy(
         name=reader.name,

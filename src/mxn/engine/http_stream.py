@@ -27,7 +27,7 @@ class StaleConnectionError(TransportError):
 
 
 BodySink = Callable[[bytes, float], None]
-"""Called with each piece of body and the time it arrived (perf_counter seconds)."""
+"""Called with each piece of body and the time it arrived (monotonic seconds)."""
 
 
 class Connection(asyncio.Protocol):
@@ -89,7 +89,7 @@ class Connection(asyncio.Protocol):
             self._fail(f"the peer closed the connection in the middle of an answer{f': {exc}' if exc else ''}")
 
     def data_received(self, data: bytes) -> None:
-        at_s = time.perf_counter()
+        at_s = time.monotonic()
         self._buffer += data
         try:
             while self._advance(at_s):
