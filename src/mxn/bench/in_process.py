@@ -66,7 +66,6 @@ class InProcessArm:
                 prefix_cache=settings.prefix_cache,
                 fingerprint=model.revision,
                 has_mixed_steps=backend.capabilities(chip).has_mixed_steps,
-                has_mixed_steps=backend.capabilities(chip).has_mixed_steps,
             ),
         )
         info = executor.info
