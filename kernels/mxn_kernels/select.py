@@ -161,6 +161,15 @@ def registry() -> Registry:
                     op=op, name="triton", load=f"mxn_kernels.triton.{op}:{op}", targets=("sm_*", "gfx*", "interpreter")
                 )
             )
+        found.register(
+            Implementation(
+                op="ragged_prefill",
+                name="flash-attention-3",
+                load="mxn_kernels.flash_attention:ragged_prefill",
+                targets=("sm_90",),
+                by_name_only=True,
+            )
+        )
         found.load_entry_points()
         _registry = found
     return _registry

@@ -7,9 +7,10 @@ then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ class SharedPrefix:
 
     members (M) int32: rows, group after group. group_starts (G + 1) int32: where each group begins in members.
     prefix_tokens (G) int32. first_tokens (S) int32: tokens of each row that the shared pass takes, 0 without a group.
+    is_room: the tensors' contents change between runs and `groups` only says how much they can hold (see `room`).
     """
 
     groups: tuple[PrefixGroup, ...]
@@ -43,6 +45,7 @@ class SharedPrefix:
     group_starts: torch.Tensor
     prefix_tokens: torch.Tensor
     first_tokens: torch.Tensor
+    is_room: bool = False
     max_prefix: int = field(init=False)
     num_members: int = field(init=False)
 
@@ -79,6 +82,52 @@ class SharedPrefix:
             first_tokens=tensor(first),
         )
 
+    @property
+    def covers_all(self) -> bool:
+        """Whether every row is known to be in a group."""
+        return not self.is_room and self.num_members == self.num_seqs
+
+    @classmethod
+    def room(
+        cls, tensors: Mapping[str, torch.Tensor], *, max_prefix_blocks: int, num_seqs: int, block_size: int
+    ) -> SharedPrefix:
+        """A plan to capture: whatever groups `fill` writes into its tensors before a replay are computed then.
+
+        Args: tensors: named as in `room_shapes`, for `num_seqs` rows.
+        """
+        num_groups = tensors["prefix_tokens"].shape[0]
+        shares = [tuple(range(index, num_seqs, num_groups)) for index in range(num_groups)]
+        groups = tuple(PrefixGroup(max_prefix_blocks, share) for share in shares)
+        return cls(groups=groups, block_size=block_size, num_seqs=num_seqs, is_room=True, **tensors)
+
+    @staticmethod
+    def room_shapes(num_seqs: int, num_groups: int) -> dict[str, int]:
+        """Lengths of the tensors of a room, all int32."""
+        return {
+            "members": num_seqs,
+            "group_starts": num_groups + 1,
+            "prefix_tokens": num_groups,
+            "first_tokens": num_seqs,
+        }
+
+    @staticmethod
+    def fill(arrays: Mapping[str, Any], groups: Sequence[PrefixGroup], block_size: int) -> None:
+        """Writes groups into a room's tensors (or numpy arrays of that shape). Groups beyond the room are left out."""
+        arrays["first_tokens"][:] = 0
+        position = 0
+        for index in range(len(arrays["prefix_tokens"])):
+            arrays["group_starts"][index] = position
+            if index < len(groups):
+                group = groups[index]
+                end = position + len(group.members)
+                arrays["members"][position:end] = group.members
+                arrays["first_tokens"][list(group.members)] = group.num_blocks * block_size
+                arrays["prefix_tokens"][index] = group.num_blocks * block_size
+                position = end
+            else:
+                arrays["prefix_tokens"][index] = 0
+        arrays["group_starts"][len(arrays["prefix_tokens"])] = position
+
 
 def plan_shared_prefix(
     block_table: torch.Tensor,
@@ -86,19 +135,36 @@ def plan_shared_prefix(
     cache: KVCache,
     *,
     num_heads: int,
-    num_layers: int = 1,
     launch_bytes: int = LAUNCH_BYTES,
 ) -> SharedPrefix | None:
     """The groups worth a pass of their own, or None if the batch is better served by `paged_decode`.
 
-    Args: block_table (S, max_blocks) and context_lens (S), int32 on the CPU. cache: of one layer. num_layers: a step's
-      layers of that shape, over which finding the groups is done once; the decision itself is made per layer.
+    Args: block_table (S, max_blocks) and context_lens (S), int32 on the CPU. cache: of one layer; what is decided holds
+      for every layer of that shape.
     """
-    found = find_groups(block_table, context_lens, cache.block_size)
-    kept = tuple(g for g in found if saved_bytes(g, cache, num_heads) > 0)
-    if sum(saved_bytes(g, cache, num_heads) for g in kept) * num_layers <= launch_bytes * num_layers:
+    kept = groups_that_pay(block_table, context_lens, cache, num_heads=num_heads, launch_bytes=launch_bytes)
+    if not kept:
         return None
     return SharedPrefix.of(kept, num_seqs=block_table.shape[0], block_size=cache.block_size, device=cache.keys.device)
+
+
+def groups_that_pay(
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    cache: KVCache,
+    *,
+    num_heads: int,
+    launch_bytes: int = LAUNCH_BYTES,
+) -> tuple[PrefixGroup, ...]:
+    """The groups of such a plan, those that save most first; none where `paged_decode` serves the batch better."""
+    if block_table[:, 0].unique().numel() == block_table.shape[0]:
+        return ()  # nobody shares even a first block
+    saved = {
+        group: saved_bytes(group, cache, num_heads)
+        for group in find_groups(block_table, context_lens, cache.block_size)
+    }
+    kept = sorted((group for group in saved if saved[group] > 0), key=lambda group: -saved[group])
+    return tuple(kept) if sum(saved[group] for group in kept) > launch_bytes else ()
 
 
 def saved_bytes(group: PrefixGroup, cache: KVCache, num_heads: int) -> int:

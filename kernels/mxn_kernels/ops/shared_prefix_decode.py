@@ -54,6 +54,7 @@ def shared_prefix_decode(
     target = target_of(query, target, query.dtype, cache.dtype)
     if check_ids:
         check_ids_in_range(cache, block_table, context_lens)
+        need(not prefix.is_room, "the ids of a plan whose groups change under a captured graph cannot be checked")
         _check_groups(prefix, block_table.tolist(), context_lens.tolist())
     out = check_out(out, query, cache.value_dim)
     lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device) if return_lse else None

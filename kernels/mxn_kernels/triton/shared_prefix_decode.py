@@ -54,7 +54,7 @@ def shared_prefix_decode(
     num_parts = head_parts + tail_parts
     partial_out = torch.empty((num_parts, *out.shape), dtype=torch.float32, device=out.device)
     partial_lse = torch.empty((num_parts, num_seqs, num_heads), dtype=torch.float32, device=out.device)
-    if prefix.num_members < num_seqs:
+    if not prefix.covers_all:
         partial_lse[:head_parts].fill_(float("-inf"))
     same = {"scaling": scaling, "softcap": softcap}
     _launch_prefix(query, cache, block_table, prefix, partial_out, partial_lse, head_parts, target, **same)

@@ -12,16 +12,26 @@ from mxn.core.model import ModelSpec
 
 _BLOCK_SIZE = 16
 _NUM_BLOCKS = 8
-_TOLERANCE = 5e-3
-"""Relative to the largest output. A float16 cache costs up to 1e-3; a wrong kernel is off by 0.1 and more."""
+_TOLERANCE, _HALF_TOLERANCE = 5e-3, 4e-2
+"""Relative to the largest output, for float32 and for half precision or an fp8 cache. A float16 cache costs up to 1e-3,
+bfloat16 outputs and weights 8e-3, fp8 keys and values 3e-2; a wrong kernel is off by 0.1 and more."""
 
 # Steps of three sequences: (tokens before, new tokens) each. Prompts, then a continued prompt beside two decodes.
 _STEPS = (((0, 21), (0, 1), (0, 5)), ((21, 12), (1, 1), (5, 1)))
 _TABLES = ([4, 1, 6], [0, 0, 0], [7, 0, 0])
 
 
-def disagreement(make: Callable[[Sequence[LayerKV], int, int], AttentionBackend], spec: ModelSpec) -> str | None:
-    """Where a backend differs from the reference for layers of this model, or None when it does not."""
+def disagreement(
+    make: Callable[[Sequence[LayerKV], int, int], AttentionBackend],
+    spec: ModelSpec,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> str | None:
+    """Where a backend differs from the reference for layers of this model, or None when it does not.
+
+    Args: device, dtype: what the backend is given; the reference gets the same numbers as float32 on the host.
+    """
     windows = sorted({min(window, 9) for window in spec.layer_windows if window is not None})
     has_full = not spec.layer_windows or None in spec.layer_windows
     layers = [
@@ -38,12 +48,12 @@ def disagreement(make: Callable[[Sequence[LayerKV], int, int], AttentionBackend]
                 (spec.num_kv_heads, spec.key_dim),
                 (spec.num_kv_heads, spec.value_dim),
             )
-            tensors = [torch.randn(heads, meta.num_tokens, dim, generator=generator) for heads, dim in shapes]
+            tensors = [torch.randn(heads, meta.num_tokens, dim, generator=generator).to(dtype) for heads, dim in shapes]
             options = {"scaling": spec.key_dim**-0.5, "window": layer.window}
-            a = found.forward(index, *tensors, meta, **options)
-            b = expected.forward(index, *tensors, meta, **options)
+            a = found.forward(index, *(tensor.to(device) for tensor in tensors), meta, **options).float().cpu()
+            b = expected.forward(index, *(tensor.float() for tensor in tensors), meta, **options)
             error = float((a - b).abs().max() / b.abs().max())
-            if not error <= _TOLERANCE:
+            if not error <= (_TOLERANCE if dtype is torch.float32 else _HALF_TOLERANCE):
                 window = "full attention" if layer.window is None else f"a window of {layer.window}"
                 return (
                     f"attention {found.name} differs from the torch reference by {error:.2g} of its scale with "
