@@ -100,7 +100,7 @@ class Turn:
         self.subject = arm.subject
         self.readers: tuple[PowerReader, ...] = arm.readers
         self._arm = arm
-        self._pid = pid
+        self.pid = pid
         self._limit_s = limit_s
         self._fault: str | None = None
 
@@ -139,8 +139,8 @@ class Turn:
         self._arm.close()
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._pid is not None:
-            family = _family(self._pid)
+        if self.pid is not None:
+            family = _family(self.pid)
             # A parent that watches its children never runs while they are stopped.
             _send(family if number == signal.SIGSTOP else family[::-1], number)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,17 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+LLAMA_CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "vocab_size": 1000,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +122,19 @@ def write_word_tokenizer() -> Callable[..., Path]:
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def model_folder(
+    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer_folder: Path, write_word_tokenizer: Callable[..., Path]
+) -> str:
+    """A folder in Hugging Face layout with a chat template and no weights to speak of."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    write_word_tokenizer(folder)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        shutil.copy(byte_tokenizer_folder / name, folder / name)
+    (folder / "generation_config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    return str(folder)

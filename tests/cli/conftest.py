@@ -1,30 +1,17 @@
-"""A model folder that the fake backend serves, and one running `mxn serve` for all tests that only ask it things."""
+"""The command, and one running `mxn serve` for all tests that only ask it things."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-CONFIG = {
-    "model_type": "llama",
-    "num_hidden_layers": 1,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "vocab_size": 1000,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 2048,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +51,6 @@ def mxn(environment: dict[str, str]) -> Mxn:
         return Ran(done.returncode, done.stdout, done.stderr)
 
     return run
-
-
-@pytest.fixture(scope="session")
-def model_folder(
-    tmp_path_factory: pytest.TempPathFactory, byte_tokenizer_folder: Path, write_word_tokenizer: Callable[..., Path]
-) -> str:
-    """A folder in Hugging Face layout with a chat template and no weights to speak of."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    write_word_tokenizer(folder)
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        shutil.copy(byte_tokenizer_folder / name, folder / name)
-    (folder / "generation_config.json").write_text("{}")
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    return str(folder)
 
 
 @dataclass(frozen=True, slots=True)
