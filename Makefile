@@ -40,7 +40,7 @@ serve: $(VENV)/.cpu ## serve the default model on http://127.0.0.1:8000 (ARGS="M
 	$(BIN)/mxn serve $(ARGS)
 
 bench: $(VENV)/.cpu ## run the serving workloads against mxn (ARGS="--help" for the options)
-	$(BIN)/python benchmarks/serving.py $(ARGS)
+	$(BIN)/mxn bench $(ARGS)
 
 # OpenMP's threads must not spin while they wait, else tests that run beside other processes crawl on a busy machine.
 test: export GOMP_SPINCOUNT := 0
