@@ -19,7 +19,7 @@ from mxn.core.uniform import uniform
 Floats = npt.NDArray[np.floating]
 
 _MIN_TEMPERATURE = 1e-6
-_NOT_FINITE = "the model's logits hold NaN or infinity, so no token can be drawn"
+NOT_FINITE = "the model's logits hold NaN or infinity, so no token can be drawn"
 
 
 def sample(logits: Floats, steps: Sequence[SequenceStep]) -> StepResult:
@@ -28,11 +28,12 @@ def sample(logits: Floats, steps: Sequence[SequenceStep]) -> StepResult:
     Args: logits (rows, vocabulary), any float dtype; not changed. steps: the sequence of each row.
     """
     tokens, failed = [], []
-    for row, step in zip(logits, steps, strict=True):
-        if not np.isfinite(row.max()):
-            failed.append((step.seq_id, _NOT_FINITE))
+    largest_ids = logits.argmax(-1)  # NaN counts as largest
+    for row, largest_id, step in zip(logits, largest_ids.tolist(), steps, strict=True):
+        if not np.isfinite(row[largest_id]):
+            failed.append((step.seq_id, NOT_FINITE))
             continue
-        token_id = int(row.argmax()) if step.sampling.is_plain_greedy else _draw(row, step)
+        token_id = largest_id if step.sampling.is_plain_greedy else _draw(row, step)
         count = step.sampling.num_logprobs
         logprob = None if count is None else _token_logprob(row, token_id, count)
         tokens.append(SampledToken(seq_id=step.seq_id, token_id=token_id, logprob=logprob))

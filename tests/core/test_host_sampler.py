@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mxn.backends.host_sampler import prompt_logprobs, sample
+from mxn.core.host_sampler import prompt_logprobs, sample
 from mxn.core.batch import SequenceStep
 from mxn.core.request import SamplingParams
 
