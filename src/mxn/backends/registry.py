@@ -15,7 +15,10 @@ ENTRY_POINT_GROUP = "mxn.backends"
 
 _BUILT_IN = {
     "cpu": "mxn.backends.cpu:CpuBackend",
+    "cuda": "mxn.backends.cuda:CudaBackend",
     "fake": "mxn.backends.fake:FakeBackend",
+    "rocm": "mxn.backends.rocm:RocmBackend",
+    "server": "mxn.backends.server:ServerBackend",
 }
 
 

@@ -10,6 +10,7 @@
 | MXN_HUB_ENDPOINT | base address of the model hub (HF_ENDPOINT is read too)  | https://huggingface.co |
 | HF_TOKEN         | token for gated models on the hub                        | none |
 | MXN_LOG_LEVEL    | debug, info, warning or error                            | info |
+| CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES | chips that drivers show, by number or UUID | all |
 """
 
 from __future__ import annotations
@@ -74,12 +75,23 @@ def hub_token() -> str | None:
     return os.environ.get("HF_TOKEN", "").strip() or None
 
 
+def variable(name: str) -> str:
+    """The variable of that name, for settings that name one instead of holding a secret; empty when it is not set."""
+    return os.environ.get(name, "").strip()
+
+
 def log_level() -> str:
     """Name of the level from which log lines are written."""
     level = os.environ.get("MXN_LOG_LEVEL", "info").strip().lower()
     if level not in LOG_LEVELS:
         raise ConfigError(f"MXN_LOG_LEVEL is {level!r}; expected one of {', '.join(LOG_LEVELS)}")
     return level
+
+
+def visible_chips(variable: str) -> tuple[str, ...] | None:
+    """Numbers or UUIDs from one of the drivers' own variables; None when it is not set, nothing when it hides all."""
+    text = os.environ.get(variable)
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def child_environment(

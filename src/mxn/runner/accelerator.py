@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -105,6 +105,41 @@ class CudaAccelerator:
     def wait(self) -> None:
         self._done.record()
         self._done.synchronize()
+
+
+def find_device(uuid: str, pci: str) -> str:
+    """torch's name for the chip with this UUID or bus address.
+
+    Raises: ChipError when torch does not see it, with what it does see.
+    """
+    count = torch.cuda.device_count()
+    facts = [torch.cuda.get_device_properties(index) for index in range(count)]
+    wanted = _letters(uuid)
+    for index, fact in enumerate(facts):
+        if _letters(str(getattr(fact, "uuid", ""))) == wanted or (
+            pci and not _is_slice(uuid) and _bus(fact) == pci[-10:]
+        ):
+            return f"cuda:{index}"
+    if count == 1 and _is_slice(uuid):
+        return "cuda:0"  # a process sees one slice, under its board's name
+    seen = ", ".join(f"{fact.name} {getattr(fact, 'uuid', '')}" for fact in facts) or "none"
+    hint = f"; start the process with CUDA_VISIBLE_DEVICES={uuid}" if _is_slice(uuid) else ""
+    raise ChipError(f"torch {torch.__version__} does not see chip {uuid} ({pci}); it sees {seen}{hint}")
+
+
+def _is_slice(uuid: str) -> bool:
+    return uuid.upper().startswith("MIG-")
+
+
+def _letters(uuid: str) -> str:
+    return uuid.lower().removeprefix("gpu-").replace("-", "")
+
+
+def _bus(fact: Any) -> str:
+    """Like the end of NVML's and amdsmi's bus addresses, "0a:00.0" behind its domain's last two digits."""
+    bus, device = getattr(fact, "pci_bus_id", None), getattr(fact, "pci_device_id", 0)
+    domain = getattr(fact, "pci_domain_id", 0)
+    return "" if bus is None else f"{domain:04x}:{bus:02x}:{device:02x}.0"[-10:]
 
 
 @contextmanager
