@@ -29,11 +29,12 @@ from mxn.bench.arms import Arm
 from mxn.bench.environment import busy_warning, manifest
 from mxn.bench.metrics import Spread
 from mxn.bench.records import Record, Report, save
-from mxn.bench.report import Grid, manifest_markdown, number_text, ratio_text, spread_text, to_markdown, to_rich
+from mxn.bench.report import Grid, manifest_markdown, number_text, ratio_text, spread_text, to_markdown
 from mxn.bench.runner import measure
 from mxn.bench.workloads import WORKLOADS, PromptMaker, Workload
-from mxn.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, err, out
+from mxn.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, err
 from mxn.errors import ConfigError, MxnError
+from mxn.fleet.launchers.local import ENVIRONMENT
 from mxn.store.fetch import fetch
 
 IN_PROCESS, OVER_HTTP = "mxn in process", "mxn HTTP"
@@ -127,10 +128,10 @@ def main(
         )
     )
     grids = tables(report)
-    for grid in grids:
-        out().print(to_rich(grid))
+    text = "\n".join(map(to_markdown, grids))
+    print(text)
     if markdown:
-        markdown.write_text("\n".join([manifest_markdown(report.manifest), *map(to_markdown, grids)]))
+        markdown.write_text(f"{manifest_markdown(report.manifest)}\n{text}")
     if any(record.faults for record in report.records):
         raise typer.Exit(EXIT_FAILURE)
 
@@ -142,7 +143,14 @@ def own_sides(model: str, quantisation: str, all_of_them: Sequence[str], threads
     port = free_port()
     serve = (sys.executable, "-m", "mxn.cli.main", "serve", model, "--port", str(port), *options)
     return [
-        Peer(label=IN_PROCESS + suffix, worker="mxn", model=model, options=options, quantisation=quantisation),
+        Peer(
+            label=IN_PROCESS + suffix,
+            worker="mxn",
+            model=model,
+            options=options,
+            environment=ENVIRONMENT,
+            quantisation=quantisation,
+        ),
         Peer(label=OVER_HTTP + suffix, url=f"http://127.0.0.1:{port}/v1", command=serve, quantisation=quantisation),
     ]
 

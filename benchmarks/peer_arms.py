@@ -30,7 +30,6 @@ from mxn.config.environment import child_environment
 from mxn.energy.reader import PowerReader
 from mxn.engine.http_stream import TransportError
 from mxn.errors import ConfigError, MxnError
-from mxn.fleet.launchers.local import ENVIRONMENT
 
 WORKERS = Path(__file__).resolve().parent / "peers"
 LOOPBACK = "http://127.0.0.1"
@@ -251,7 +250,7 @@ async def _process(peer: Peer, argv: list[str]) -> AsyncIterator[asyncio.subproc
             stdout=pipe or words,
             stderr=words,
             limit=LINE_BYTES,
-            env=child_environment(environment, defaults=ENVIRONMENT),
+            env=child_environment(environment),
             start_new_session=True,  # Ctrl-C reaches us only, and we end it in order
         )
         try:
