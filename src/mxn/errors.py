@@ -35,6 +35,10 @@ class OutOfMemoryError(BackendError):
     """An allocation does not fit; names needed and available bytes."""
 
 
+class ServerDiedError(BackendError):
+    """A server that a replica stands for ended by itself; the text says how and quotes its last lines."""
+
+
 class KernelUnavailableError(MxnError):
     """A kernel library cannot be built or run here, with the reason; callers take the next path and say so."""
 

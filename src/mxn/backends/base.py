@@ -183,27 +183,61 @@ class Executor(ABC):
         """Gives memory back. Safe to call twice."""
 
 
+Extension = Literal[
+    "cache_salt",
+    "ignore_eos",
+    "min_p",
+    "min_tokens",
+    "repetition_penalty",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "stop_token_ids",
+    "top_k",
+]
+"""Fields that vLLM added to OpenAI's completions; other servers take some of them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerSpec:
-    """A server to launch and watch, or one that runs already. It speaks OpenAI's completions protocol over HTTP.
+    """A server to launch and watch, or one that runs already, and how to speak to it.
 
-    argv: what to start; "{port}" in any of these texts is replaced by a free loopback port. Empty: nothing is started.
+    In `argv`, `environment`, `url` and `api_key`, "{port}" stands for a free loopback port and "{key}" for a secret
+    made for this start.
+
+    argv: what to start; none of its processes outlives the replica. Empty: nothing is started.
     environment: variables beside the replica's own.
-    url: where it listens, without a path.
+    url: where it listens, without a path. api_key: sent as a bearer token; empty sends none.
     model: the name it knows the model by.
+    protocol: "completions" is OpenAI's POST /v1/completions, streamed; "llama.cpp" is llama-server's POST /completion.
+    extensions: request fields it understands beyond OpenAI's, for "completions"; what needs another is refused by name.
+      With "return_token_ids" its answers carry token ids, which mxn turns into text; otherwise its text is passed on.
+    takes_token_ids: prompts are sent as token ids; otherwise as text, for its own tokenizer.
+    max_num_seqs: sequences it runs at once; more wait in mxn's line.
     ready_path: answers 200 once requests are served. ready_timeout_s: how long that may take.
     stop_timeout_s: between the polite signal and the kill.
-    info: what is known of it before it starts; the replica's notes show it.
+    device, quantisation, threads, max_context, weight_bytes, kv_bytes, notes: as in `ExecutorInfo`; None where the
+      server decides and does not say. `max_context` is lowered when its list of models names a shorter one.
     """
 
     argv: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
     url: str = "http://127.0.0.1:{port}"
+    api_key: str = ""
     model: str
+    protocol: Literal["completions", "llama.cpp"] = "completions"
+    extensions: tuple[Extension, ...] = ()
+    takes_token_ids: bool = True
+    max_num_seqs: int
     ready_path: str = "/health"
     ready_timeout_s: float = 600.0
-    stop_timeout_s: float = 30.0
-    info: ExecutorInfo
+    stop_timeout_s: float = 10.0
+    device: str
+    quantisation: str
+    threads: int | None = None
+    max_context: int
+    weight_bytes: int | None = None
+    kv_bytes: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 LoadProgress = Callable[[str, float], None]

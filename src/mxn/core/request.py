@@ -15,6 +15,10 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+PROMPT_LOGPROBS = "prompt_logprobs"
+"""What a replica that cannot give logprobs of the prompt names among the fields it refuses; the API says echo."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How the next token of one sequence is chosen. Validated at the front door; neutral values switch a rule off.
@@ -102,6 +106,8 @@ class SequenceOutput:
     """What one step added to a sequence.
 
     token_ids: new output tokens; a token that ended the sequence by `stop_token_ids` is included.
+    text: what this output adds, from a server that turns tokens into text itself; None means that `token_ids` say it.
+    num_counted_tokens: new output tokens as such a server counts them, since it may not name them all; else None.
     logprobs: one per new token when asked for.
     prompt_logprobs: once, with the first output: one per prompt token, None for the first.
     num_cached_tokens: prompt tokens that came out of the prefix cache.
@@ -111,9 +117,16 @@ class SequenceOutput:
 
     seq_id: int
     token_ids: list[int] = field(default_factory=list)
+    text: str | None = None
+    num_counted_tokens: int | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] | None = None
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
     energy_j: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """New output tokens."""
+        return len(self.token_ids) if self.num_counted_tokens is None else self.num_counted_tokens

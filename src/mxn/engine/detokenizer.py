@@ -56,6 +56,11 @@ class Detokenizer:
             sent.append(self._release(self._decode(force=False), is_last=False))
         return "".join(sent)
 
+    def push_text(self, text: str, num_tokens: int) -> str:
+        """Adds text that a server made of its tokens itself and returns what may be sent now."""
+        self.num_tokens += num_tokens
+        return "" if self.stopped else self._release(text, is_last=False)
+
     def flush(self) -> str:
         """Returns what was held back; call once when the sequence has ended."""
         if self.stopped:

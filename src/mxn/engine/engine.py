@@ -127,6 +127,10 @@ class Engine:
             self._ledger.settle()
             self._refresh_gauges()
 
+    def close(self) -> None:
+        """Gives the executor's memory back."""
+        self.executor.close()
+
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes that no running sequence holds."""
         self.placement.clear()

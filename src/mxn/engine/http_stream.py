@@ -190,9 +190,9 @@ class ConnectionPool:
         self._idle: list[Connection] = []
 
     async def exchange(
-        self, method: str, path: str, *, headers: dict[str, str], body: bytes, sink: BodySink, timeout_s: float
+        self, method: str, path: str, *, headers: dict[str, str], body: bytes, sink: BodySink, timeout_s: float | None
     ) -> int:
-        """One request and its answer on a free connection. Raises: TransportError, also after `timeout_s`.
+        """One request and its answer on a free connection. Raises: TransportError, also after `timeout_s` if it is set.
 
         A server may close a kept connection just as it is used again, without having seen the request: then another
         connection is taken, and the time that cost is part of the exchange.
@@ -207,7 +207,7 @@ class ConnectionPool:
                     except StaleConnectionError:
                         continue  # only a connection that served before can be stale, so this ends
         except TimeoutError as err:
-            raise TransportError(f"{self._host}: no complete answer within {timeout_s:g} s") from err
+            raise TransportError(f"{self._host}: no complete answer within {timeout_s} s") from err
         if connection.is_usable:
             self._idle.append(connection)
         return status

@@ -59,7 +59,12 @@ class LoadPhase(msgspec.Struct, tag=True):
 
 
 class ReplicaInfo(msgspec.Struct, kw_only=True):
-    """What a replica runs and how, as decided at load time."""
+    """What a replica runs and how, as decided at load time.
+
+    weight_bytes, kv_bytes: None where a server keeps them to itself.
+    num_blocks, block_size: 0 where mxn divides no cache.
+    refused: request fields that it cannot serve, by the names of the API.
+    """
 
     pid: int
     backend: str
@@ -67,8 +72,8 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     quantisation: str
     device: str
     threads: int | None
-    weight_bytes: int
-    kv_bytes: int
+    weight_bytes: int | None
+    kv_bytes: int | None
     num_blocks: int
     block_size: int
     max_context: int
@@ -76,6 +81,7 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     program: str = "unknown"
     notes: list[str]
     load_s: dict[str, float]
+    refused: list[str] = []
     power_source: str = "none"
     power_provenance: str = "unavailable"
 

@@ -13,9 +13,11 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
-from mxn.backends.base import Executor
+from mxn.backends.base import Backend, Executor
 from mxn.backends.registry import load_backend
+from mxn.config.environment import log_level
 from mxn.core.request import FinishReason, SequenceOutput
 from mxn.energy.attribution import StepLedger
 from mxn.energy.reader import NullReader
@@ -35,24 +37,30 @@ from mxn.engine.messages import (
     Stop,
     ToReplica,
 )
-from mxn.errors import ChipError, MxnError, RequestError
+from mxn.engine.proxy.replica import ServerReplica
+from mxn.errors import ChipError, MxnError, RequestError, ServerDiedError
 
 log = logging.getLogger("mxn.worker")
 
 EXIT_CHIP_LOST = 3
 EXIT_LOAD_FAILED = 4
+EXIT_SERVER_DIED = 5
 
 IDLE_REPORT_S = 5.0
 """How often an idle replica books its chip's energy and reports it."""
 
 
 class Inbox:
-    """Messages from the gateway, filled by a reader thread. None means that the gateway is gone."""
+    """Messages from the gateway, filled by a reader thread, which then calls `on_arrival`.
+
+    None means that the gateway is gone.
+    """
 
     def __init__(self, channel: ReplicaChannel) -> None:
         self._messages: deque[ToReplica | None] = deque()
         self._arrived = threading.Event()
         self._channel = channel
+        self.on_arrival: Callable[[], None] = lambda: None
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def take(self, *, wait: bool, at_most_s: float | None = None) -> list[ToReplica | None]:
@@ -75,6 +83,7 @@ class Inbox:
                 message = None
             self._messages.append(message)
             self._arrived.set()
+            self.on_arrival()
             if message is None:
                 return
 
@@ -86,7 +95,7 @@ def run(channel: ReplicaChannel) -> int:
     if not first or not isinstance(first[0], Load):
         return 0  # the gateway left before it said what to load
     try:
-        engine, info = _load(first[0], channel)
+        runner, info = _load(first[0], channel)
     except MxnError as error:
         channel.send(LoadFailed(type(error).__name__, str(error)))
         return EXIT_LOAD_FAILED
@@ -96,7 +105,12 @@ def run(channel: ReplicaChannel) -> int:
         return EXIT_LOAD_FAILED
     channel.send(Ready(info))
     try:
-        return _serve(engine, inbox, channel, first[1:])
+        if isinstance(runner, ServerReplica):
+            return runner.serve(inbox, channel.send, first[1:])
+        return _serve(runner, inbox, channel, first[1:])
+    except ServerDiedError as error:
+        log.critical("%s", error)
+        return EXIT_SERVER_DIED
     except ChipError as error:
         log.critical("chip lost: %s", error)
         return EXIT_CHIP_LOST
@@ -104,10 +118,10 @@ def run(channel: ReplicaChannel) -> int:
         log.error("connection to the gateway lost: %s", error)
         return 0
     finally:
-        engine.executor.close()
+        runner.close()
 
 
-def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine, ReplicaInfo]:
+def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | ServerReplica, ReplicaInfo]:
     seconds: dict[str, float] = {}
     last = time.monotonic()
 
@@ -121,6 +135,8 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine, ReplicaInfo]:
     progress("start", 1.0)
     settings = message.settings
     backend = load_backend(message.backend)
+    if type(backend).serve is not Backend.serve:
+        return ServerReplica.start(backend, message, progress, seconds)
     executor = backend.load(message.model, settings, message.chips, progress)
     progress("load", 1.0)
     progress("warm-up", 0.0)
@@ -204,9 +220,15 @@ def _handle(engine: Engine, message: ToReplica) -> list[SequenceOutput]:
     return []
 
 
+def _log_level() -> int:
+    """What a replica tells: its own notes, and at "debug" all that the gateway would show."""
+    return logging.DEBUG if log_level() == "debug" else logging.INFO
+
+
 def main() -> None:
     """Entry point of the replica process."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(stream=sys.stderr, level=_log_level(), format="%(levelname)s %(name)s: %(message)s")
     connection = socket.socket(fileno=int(sys.argv[1]))
     sys.exit(run(ReplicaChannel(connection)))
 

@@ -256,6 +256,12 @@ def _merge(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
     return SequenceOutput(
         seq_id=first.seq_id,
         token_ids=first.token_ids + second.token_ids,
+        text=None if first.text is None and second.text is None else (first.text or "") + (second.text or ""),
+        num_counted_tokens=(
+            None
+            if first.num_counted_tokens is None and second.num_counted_tokens is None
+            else first.num_tokens + second.num_tokens
+        ),
         logprobs=first.logprobs + second.logprobs,
         prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
         num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),

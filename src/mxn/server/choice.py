@@ -82,13 +82,16 @@ class Choice:
         if reason is FinishReason.ABORT:
             raise UnavailableError("the server ended this request before the answer was complete", retry_after_s=1.0)
         token_ids = output.token_ids
-        self.num_output_tokens += len(token_ids)
+        self.num_output_tokens += output.num_tokens
         if output.num_cached_tokens > self.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
         self.energy_j = output.energy_j
         if reason is FinishReason.STOP and not self._shows_stop and token_ids and token_ids[-1] in self._stop_ids:
             token_ids = token_ids[:-1]
-        text = self._detokenizer.push(token_ids)
+        if output.text is None:
+            text = self._detokenizer.push(token_ids)
+        else:
+            text = self._detokenizer.push_text(output.text, output.num_tokens)
         if self._wants_logprobs:
             self._hold(token_ids, output.logprobs)
         if self._detokenizer.stopped:

@@ -243,7 +243,7 @@ class GenerationEndpoint(ABC):
     def _take(self, job: Job, choice: Choice, output: SequenceOutput) -> str:
         """Text of one output, with its times observed."""
         now_s = time.perf_counter()
-        if output.token_ids:
+        if output.token_ids or output.text:
             if choice.last_token_s:
                 job.served.metrics.itl_s.observe(now_s - choice.last_token_s)
             elif choice.index == 0:
@@ -254,7 +254,7 @@ class GenerationEndpoint(ABC):
             if not prompt.scored:
                 prompt.scored = score_prompt(prompt.token_ids, output.prompt_logprobs, job.served.deployment.tokenizer)
         if job.is_prompt_only:
-            output = replace(output, token_ids=[], logprobs=[])
+            output = replace(output, token_ids=[], text=None, num_counted_tokens=None, logprobs=[])
         return choice.take(output)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mxn.core.request import SamplingParams
+from mxn.core.request import PROMPT_LOGPROBS, SamplingParams
 from mxn.errors import RequestError
 from mxn.server.openai import ChatRequest, CompletionRequest, GenerationRequest
 
@@ -23,6 +23,7 @@ def to_sampling(request: GenerationRequest, deployment: Deployment, num_prompt_t
 
     Raises: RequestError for a field that does not fit this model.
     """
+    _check_served(request, deployment)
     vocab_size = _vocab_size(deployment)
     _check_ids([token_id for token_id, _ in request.logit_bias], vocab_size, "logit_bias")
     _check_ids(request.stop_token_ids, vocab_size, "stop_token_ids")
@@ -74,6 +75,26 @@ def too_long(found: str, deployment: Deployment, param: str) -> RequestError:
         param=param,
         code="context_length_exceeded",
     )
+
+
+def _check_served(request: GenerationRequest, deployment: Deployment) -> None:
+    """Raises RequestError for a field that this deployment's backend cannot serve."""
+    for field in deployment.info.refused if deployment.info is not None else ():
+        is_echo = field == PROMPT_LOGPROBS
+        if _num_logprobs(request)[1] is not None if is_echo else _is_used(request, field):
+            what, param = ("echo with logprobs", "echo") if is_echo else (field, field)
+            raise RequestError(
+                f"{what} is not supported by the {deployment.backend} backend behind {deployment.name}",
+                param=param,
+                code="unsupported_parameter",
+            )
+
+
+def _is_used(request: GenerationRequest, field: str) -> bool:
+    """True when a field asks for something."""
+    known = type(request).model_fields.get(field)
+    value = getattr(request, field, None)
+    return known is not None and value is not None and value != known.default and (field != "top_k" or value > 0)
 
 
 def _max_tokens(request: GenerationRequest, num_prompt_tokens: int, max_context: int) -> int:

@@ -1,0 +1,1 @@
+"""A replica around a server that is not mxn's own: launched, watched and spoken to in place of the engine."""

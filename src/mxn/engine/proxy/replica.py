@@ -1,0 +1,118 @@
+"""A replica whose model runs in a server: what a worker holds in place of an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from mxn.backends.base import Backend, LoadProgress, ServerSpec
+from mxn.engine.messages import Load, ReplicaInfo, StepDone, ToReplica
+from mxn.engine.proxy.dialects import DIALECTS, Dialect
+from mxn.engine.proxy.process import ServerProcess
+from mxn.engine.proxy.proxy import Proxy
+from mxn.engine.tokenizer import Tokenizer
+from mxn.errors import BackendError
+
+
+class Messages(Protocol):
+    """Where messages from the gateway come from; `on_arrival` is called from another thread when there are more."""
+
+    on_arrival: Callable[[], None]
+
+    def take(self, *, wait: bool) -> list[ToReplica | None]:
+        """All messages so far."""
+
+
+class ServerReplica:
+    """A server that is ready, and the proxy that speaks to it."""
+
+    def __init__(self, server: ServerProcess, proxy: Proxy) -> None:
+        self._server = server
+        self._proxy = proxy
+
+    @classmethod
+    def start(
+        cls, backend: Backend, message: Load, progress: LoadProgress, load_s: dict[str, float]
+    ) -> tuple[ServerReplica, ReplicaInfo]:
+        """Starts the backend's server and waits until it is ready.
+
+        Raises: MxnError with the cause; nothing is left running then.
+        """
+        model = message.model
+        spec = backend.serve(model, message.settings, message.chips)
+        dialect = DIALECTS[spec.protocol](spec, Tokenizer.load(model.folder))
+        progress("server", 0.0)
+        server = ServerProcess(spec)
+        try:
+            server.wait_until_ready()
+            max_context = _max_context(server, spec)
+        except BaseException:
+            server.stop()
+            raise
+        progress("server", 1.0)
+        info = _describe(message, spec, dialect, server, max_context, load_s)
+        return cls(server, Proxy(server, dialect, max_num_seqs=spec.max_num_seqs)), info
+
+    def serve(self, inbox: Messages, send: Callable[[StepDone], None], pending: Sequence[ToReplica | None]) -> int:
+        """Handles messages, those pending first, until told to stop; returns the exit code.
+
+        Raises: ServerDiedError; OSError when the gateway is gone.
+        """
+        first = list(pending)
+
+        def take() -> list[ToReplica | None]:
+            messages = [*first, *inbox.take(wait=False)]
+            first.clear()
+            return messages
+
+        def tell(wake: Callable[[], None]) -> None:
+            inbox.on_arrival = wake
+
+        try:
+            asyncio.run(self._proxy.serve(take, send, tell))
+        finally:
+            inbox.on_arrival = lambda: None
+        return 0
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._server.stop()
+
+
+def _max_context(server: ServerProcess, spec: ServerSpec) -> int:
+    """The longest sequence that both the specification and the server's list of models allow."""
+    models = server.served_models()
+    if not models:
+        return spec.max_context
+    if spec.model not in models:
+        raise BackendError(
+            f'{server.name} serves no model "{spec.model}"; it lists {", ".join(models)}; '
+            "name one of them in options.model"
+        )
+    return min(spec.max_context, models[spec.model] or spec.max_context)
+
+
+def _describe(
+    message: Load, spec: ServerSpec, dialect: Dialect, server: ServerProcess, max_context: int, load_s: dict[str, float]
+) -> ReplicaInfo:
+    counted = "by mxn, from its token ids" if dialect.has_token_ids else "by the server"
+    return ReplicaInfo(
+        pid=os.getpid(),
+        backend=message.backend,
+        attention="the server's own",
+        quantisation=spec.quantisation,
+        device=spec.device,
+        threads=spec.threads,
+        weight_bytes=spec.weight_bytes,
+        kv_bytes=spec.kv_bytes,
+        num_blocks=0,
+        block_size=0,
+        max_context=max_context,
+        vocab_size=dialect.tokenizer.vocab_size,
+        program="the server's own",
+        notes=[*spec.notes, f"served by {server.name} over HTTP; output tokens are counted {counted}"],
+        load_s={phase: round(s, 4) for phase, s in load_s.items()},
+        refused=sorted(dialect.refused()),
+    )
