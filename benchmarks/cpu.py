@@ -310,9 +310,11 @@ def notes(report: CpuReport) -> list[str]:
     ]
     subjects = dict.fromkeys((r.subject.label, r.subject) for r in report.records)
     for label, subject in subjects:
-        threads = f", {subject.threads} threads" if subject.threads else ""
-        remarks = "".join(f"; {note}" for note in subject.notes) if not label.startswith("mxn") else ""
-        said.append(f"{label}: {subject.interface}, {subject.quantisation}{threads}{remarks}")
+        facts = [subject.interface, subject.quantisation]
+        facts += [subject.program] if subject.program != "unknown" else []
+        facts += [f"{subject.threads} threads"] if subject.threads else []
+        facts += subject.notes if not label.startswith((IN_PROCESS, OVER_HTTP)) else ()
+        said.append(f"{label}: {', '.join(facts)}")
     said += [f"Not here: {reason}" for reason in report.absent]
     said += [f"FAULT {r.subject.label}, {r.workload.name}: {fault}" for r in report.records for fault in r.faults]
     return said

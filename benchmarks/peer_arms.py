@@ -124,7 +124,7 @@ class Turn:
                 self._fault = str(error)
             finally:
                 self.pause()
-        now_s = time.perf_counter()
+        now_s = time.monotonic()
         failed = RequestResult(start_s=now_s, end_s=now_s, chunk_times_s=(), num_output_tokens=0, error=self._fault)
         return [failed] * len(prompts)
 
@@ -201,6 +201,7 @@ class _About(msgspec.Struct):
     backend: str = "unknown"
     attention: str = "unknown"
     quantisation: str | None = None
+    program: str = "unknown"
     threads: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -310,6 +311,7 @@ def _subject(peer: Peer, model: str, about: _About) -> Subject:
         backend=about.backend,
         attention=about.attention,
         quantisation=about.quantisation or peer.quantisation,
+        program=about.program,
         threads=about.threads,
         notes=about.notes,
     )

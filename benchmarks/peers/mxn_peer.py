@@ -33,6 +33,7 @@ def main() -> None:
         "backend": subject.backend,
         "attention": subject.attention,
         "quantisation": subject.quantisation,
+        "program": subject.program,
         "threads": subject.threads,
         "notes": subject.notes,
     }

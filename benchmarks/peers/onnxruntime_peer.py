@@ -47,13 +47,13 @@ def batch(model: Any, prompts: list[list[int]], max_tokens: int) -> list[dict[st
     length = len(prompts[0]) + max_tokens
     settings = genai.GeneratorParams(model)
     settings.set_search_options(max_length=length, min_length=length, do_sample=False, batch_size=len(prompts))
-    start_s = time.perf_counter()
+    start_s = time.monotonic()
     generator = genai.Generator(model, settings)
     generator.append_tokens(np.array(prompts if len(prompts) > 1 else prompts[0], dtype=np.int32))
     times_s = []
     while len(times_s) < max_tokens and not generator.is_done():
         generator.generate_next_token()
-        times_s.append(time.perf_counter())
+        times_s.append(time.monotonic())
     request = {
         "start_s": start_s,
         "end_s": times_s[-1],

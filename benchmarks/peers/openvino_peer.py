@@ -51,10 +51,10 @@ def closed_loop(pipeline: Any, prompts: list[list[int]], max_tokens: int, concur
     while waiting or handles:
         while waiting and len(handles) < concurrency:
             i, ids = waiting.pop()
-            found[i] = {"start_s": time.perf_counter(), "times_s": [], "num_output_tokens": 0}
+            found[i] = {"start_s": time.monotonic(), "times_s": [], "num_output_tokens": 0}
             handles[i] = pipeline.add_request(i, ov.Tensor(np.array([ids], dtype=np.int64)), settings)
         pipeline.step()
-        now_s = time.perf_counter()
+        now_s = time.monotonic()
         for i, handle in list(handles.items()):
             request = found[i]
             if handle.can_read():

@@ -3,11 +3,11 @@
 One line of JSON in, one line out. First the worker says what it loaded; then every line names prompts as token ids,
 and the answer holds one entry per request. Between lines the worker waits in a read. Standard library only.
 
-    -> {"model": ..., "backend": ..., "quantisation": ..., "threads": ..., "notes": [...]}
+    -> {"backend": ..., "quantisation": ..., "program": ..., "threads": ..., "notes": [...]}
     <- {"prompts": [[1, 2, 3], ...], "max_tokens": 64, "concurrency": 8}
     -> {"requests": [{"start_s": ..., "end_s": ..., "times_s": [...], "num_output_tokens": 64}, ...]}
 
-Times are time.perf_counter(), which on Linux is one clock for all processes.
+Times are time.monotonic(), one clock for all processes.
 """
 
 from __future__ import annotations
