@@ -91,6 +91,12 @@ def test_power_reader_states_its_kind() -> None:
     reader.close()
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured while loading is not kept for the user's own models."""
+    monkeypatch.setenv("MXN_CACHE_DIR", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Model:
     torch = pytest.importorskip("torch")
@@ -144,6 +150,19 @@ def test_auto_is_int8_with_kernels_or_fp32_with_the_reason(saved: Model) -> None
         assert executor.info.quantisation == "fp32"
         assert any("the C++ kernels are not available: " in note for note in executor.info.notes)
     executor.warm_up()
+
+
+@pytest.mark.torch
+def test_what_was_measured_is_remembered_for_the_same_model_and_machine(saved: Model, kernels: None) -> None:
+    def measured(model: Model, **settings: Any) -> list[str]:
+        executor, _ = load(model, quantisation="int8", **settings)
+        return [note for note in executor.info.notes if "measured" in note]
+
+    assert "measured now" in measured(saved)[0]
+    assert "measured at an earlier start" in measured(saved)[0]
+    assert "measured now" in measured(replace(saved, revision="another"))[0]
+    assert "measured now" in measured(saved, options=(("tune", "again"),))[0]
+    assert not measured(saved, options=(("tune", "off"),))
 
 
 @pytest.mark.torch

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from mxn import __version__
 from mxn.backends.base import Backend, Capabilities, Executor, LoadProgress, MemoryEstimate, Probe, Support
 from mxn.backends.host import available_memory_bytes, cpu_chip, resident_bytes, usable_cores
 from mxn.backends.torch_executor import TorchExecutor
+from mxn.config.environment import cache_dir
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.core.quantity import Provenance, Quantity
@@ -92,9 +94,23 @@ class CpuBackend(Backend):
 
     def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
         from mxn.runner.cpu import load_cpu_runner
+        from mxn.runner.tuning import Memory
 
+        cores, chip, options = usable_cores(), chips[0], dict(settings.options)
+        tune = options.pop("tune", "auto")
+        facts = {
+            "machine": [chip.name, chip.features, chip.facts, cores, __version__, *self.probe().versions.values()],
+            "model": model.revision,
+            "settings": [settings.quantisation, settings.attention, settings.block_size, sorted(options.items())],
+        }
+        memory = Memory(cache_dir() / "tuning", facts, is_read=tune != "again")
         runner = load_cpu_runner(
-            model, settings, cores=usable_cores(), free_bytes=available_memory_bytes, progress=progress
+            model,
+            settings,
+            cores=cores,
+            free_bytes=available_memory_bytes,
+            progress=progress,
+            memory=memory,
         )
         return TorchExecutor(runner)
 

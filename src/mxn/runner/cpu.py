@@ -6,19 +6,25 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from mxn.attention.base import AttentionBackend
 from mxn.attention.reference import ReferenceAttention
 from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.errors import ConfigError, KernelUnavailableError, OutOfMemoryError
 from mxn.runner.attention_check import disagreement
+from mxn.runner.forward import ForwardProgram, ModuleForward
 from mxn.runner.loading import LoadProgress, check_weight_files, count_weights
-from mxn.runner.torch_runner import ForwardFactory, LoadPlan, TorchRunner, load_runner, module_forward
+from mxn.runner.torch_runner import LoadPlan, TorchRunner, load_runner
+from mxn.runner.tuning import Memory, choose, fastest, thread_counts
 
 QUANTISATIONS = ("auto", "int8", "bf16", "fp32")
 ATTENTIONS = ("auto", "cpu-cpp", "reference")
-OPTIONS = {"program": ("auto", "modules", "step")}
-"""How a step is computed: as one C++ program, by transformers' modules, or the first if it agrees with the second."""
+OPTIONS = {"program": ("auto", "modules", "step"), "tune": ("auto", "off", "again")}
+"""program: how a step is computed: as one C++ program, by transformers' modules, or as the faster of the two.
+
+tune: whether what is "auto" is measured, or remembered from an earlier start; not at all; or measured again.
+"""
 
 _GIB = 2**30
 _KV_SHARE = 0.5
@@ -28,40 +34,102 @@ _SPARE = 1.1
 
 
 def load_cpu_runner(
-    model: Model, settings: LoadSettings, *, cores: int, free_bytes: Callable[[], int], progress: LoadProgress
+    model: Model,
+    settings: LoadSettings,
+    *,
+    cores: int,
+    free_bytes: Callable[[], int],
+    progress: LoadProgress,
+    memory: Memory | None = None,
 ) -> TorchRunner:
     """Loads a model for this process's CPU cores.
 
-    Args: cores: what "auto" threads means. free_bytes: memory that may still be taken, asked before and after loading.
+    Args: cores: threads to use at most where none are set. free_bytes: memory that may still be taken, asked before and
+    after loading. memory: where measured choices are kept.
     """
     _check_settings(settings)
     threads = settings.threads or cores
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     progress("kernels", 0.0)
-    plan = _plan(model, settings, threads, free_bytes)
+    choice = _Choice(settings, threads, memory or Memory(None, {}))
+    plan = _plan(model, settings, threads, free_bytes, choice)
     progress("kernels", 1.0)
     _check_memory(model, plan, free_bytes())
-    return load_runner(model, settings, plan, progress)
+    runner = load_runner(model, settings, plan, progress)
+    runner.threads = choice.threads
+    runner.notes = (*runner.notes[:-1], *choice.notes, runner.notes[-1])
+    return runner
 
 
-def _plan(model: Model, settings: LoadSettings, threads: int, free_bytes: Callable[[], int]) -> LoadPlan:
+class _Choice:
+    """Makes the programs of a loaded model, takes the fastest on the best number of threads, and keeps the notes."""
+
+    def __init__(self, settings: LoadSettings, threads: int, memory: Memory) -> None:
+        options = dict(settings.options)
+        self.wanted, self.is_off = options.get("program", "auto"), options.get("tune") == "off"
+        self.threads, self.memory = threads, memory
+        self._candidates = [threads] if settings.threads or self.is_off else thread_counts(threads)
+        self._source = "as set" if settings.threads else "all cores" if self.is_off else ""
+        self.notes: list[str] = []
+        self.has_kernels = False
+
+    def __call__(
+        self, model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None]
+    ) -> ForwardProgram:
+        programs: list[ForwardProgram] = [self._best_program(model, attention, windows)]
+        if self.wanted == "auto" and not self.is_off and not isinstance(programs[0], ModuleForward):
+            programs.append(ModuleForward(model, attention, windows))
+        chosen, self.threads, self.notes = choose(
+            programs,
+            self._candidates,
+            use_threads=lambda threads: _use_threads(threads, model, attention, *programs),
+            attention=attention,
+            memory=self._memory_of_steps(),
+        )
+        source = self._source or ("the fastest" if len(self._candidates) > 1 else "the only core")
+        self.notes.append(f"{self.threads} compute threads, {source}")
+        return chosen
+
+    def _memory_of_steps(self) -> Memory:
+        if not self.has_kernels:
+            return self.memory
+        from mxn.runner.quantise import kernel_library
+
+        return self.memory.about("machine", "model", "settings", kernels=kernel_library())
+
+    def _best_program(
+        self, model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None]
+    ) -> ForwardProgram:
+        if not self.has_kernels:
+            return ModuleForward(model, attention, windows)
+        from mxn.runner.program import choose_program
+
+        return choose_program(model, attention, windows, wanted=self.wanted)
+
+
+def _plan(
+    model: Model, settings: LoadSettings, threads: int, free_bytes: Callable[[], int], choice: _Choice
+) -> LoadPlan:
     wants_kernels = settings.quantisation == "int8" or settings.attention == "cpu-cpp"
     missing = None
     if wants_kernels or settings.quantisation == "auto":
         missing = _kernels_missing(model.spec, threads)
     if missing and wants_kernels:
         raise KernelUnavailableError(f"the C++ kernels were asked for and are not available: {missing}")
-    quantisation = settings.quantisation
-    if quantisation == "auto":
-        quantisation = "fp32" if missing else "int8"
+    quantisation, note = _numbers(model.spec, settings, missing, choice)
     attention = settings.attention
     if attention == "auto":
         attention = "cpu-cpp" if quantisation == "int8" else "reference"
     if attention == "cpu-cpp" and settings.block_size % 16:
         raise ConfigError(f"attention cpu-cpp needs a block_size that is a multiple of 16, got {settings.block_size}")
+    choice.has_kernels = (quantisation, attention) == ("int8", "cpu-cpp")
+    if choice.wanted == "step" and not choice.has_kernels:
+        raise ConfigError(
+            f'program "step" needs quantisation int8 and attention cpu-cpp, got {quantisation} and {attention}'
+        )
 
-    notes = [_note_on_numbers(settings, quantisation, missing), f"{threads} compute threads"]
+    notes = [note]
     dtype: torch.dtype | None = torch.bfloat16 if quantisation == "bf16" else torch.float32
     kv_dtype = dtype
     if quantisation == "int8" and not _fits(model, torch.float32, free_bytes()):
@@ -86,33 +154,33 @@ def _plan(model: Model, settings: LoadSettings, threads: int, free_bytes: Callab
         make_attention=make_attention,
         block_bytes=block_bytes,
         quantise=partial(_quantise, threads=threads) if quantisation == "int8" else None,
-        make_forward=_program(settings, quantisation, attention),
+        make_forward=choice,
         free_bytes=lambda: int(free_bytes() * _KV_SHARE),
         threads=threads,
         notes=tuple(notes),
     )
 
 
-def _program(settings: LoadSettings, quantisation: str, attention: str) -> ForwardFactory:
-    """How a step is computed: the option "program", "auto" unless set."""
-    wanted = dict(settings.options).get("program", "auto")
-    if (quantisation, attention) == ("int8", "cpu-cpp"):
-        from mxn.runner.program import choose_program
-
-        return partial(choose_program, wanted=wanted)
-    if wanted == "step":
-        raise ConfigError(
-            f'program "step" needs quantisation int8 and attention cpu-cpp, got {quantisation} and {attention}'
-        )
-    return module_forward
-
-
-def _note_on_numbers(settings: LoadSettings, quantisation: str, missing: str | None) -> str:
+def _numbers(spec: ModelSpec, settings: LoadSettings, missing: str | None, choice: _Choice) -> tuple[str, str]:
+    """The number format, and why."""
     if settings.quantisation != "auto":
-        return f"numbers {quantisation}, as set"
+        return settings.quantisation, f"numbers {settings.quantisation}, as set"
     if missing:
-        return f"numbers fp32, because the C++ kernels are not available: {missing}"
-    return f"numbers {quantisation}, chosen as the fastest that keeps the model's likelihood"
+        return "fp32", f"numbers fp32, because the C++ kernels are not available: {missing}"
+    if choice.is_off:
+        return "int8", "numbers int8, the default"
+    key = ["int8", "fp32"]
+    from mxn.runner.quantise import kernel_library, product_times
+
+    memory = choice.memory.about("machine", kernels=kernel_library(), width=spec.hidden_size, threads=choice.threads)
+    times = memory.recall(key)
+    if times is None:
+        times = product_times(spec.hidden_size, choice.threads)
+        memory.keep(key, times)
+    best = fastest(times)
+    listed = {name: " / ".join(f"{of_case[name]:.2g}" for of_case in times.values()) for name in key}
+    where = f"a linear layer of {', '.join(times)} takes {listed['int8']} ms in int8, {listed['fp32']} ms in fp32"
+    return best, f"numbers {best}: {where}"
 
 
 def _kernels_missing(spec: ModelSpec, threads: int) -> str | None:
@@ -124,6 +192,12 @@ def _kernels_missing(spec: ModelSpec, threads: int) -> str | None:
         return disagreement(partial(PagedCpuAttention, threads=threads), spec)
     except (KernelUnavailableError, ImportError) as error:
         return str(error)
+
+
+def _use_threads(threads: int, model: torch.nn.Module, *others: object) -> None:
+    from mxn.runner.quantise import use_threads
+
+    use_threads(threads, model, *others)
 
 
 def _quantise(model: torch.nn.Module, *, threads: int) -> Sequence[str]:

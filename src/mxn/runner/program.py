@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from mxn_kernels.cpu import Workspace
 from mxn_kernels.cpu_step import DecoderStep
 from mxn_kernels.paged_attention import PagedBatch
 from transformers import PreTrainedModel
@@ -46,6 +47,15 @@ class StepForward:
         self._step = step
         # Logits of decode steps go to memory that is kept: new pages for 32 rows would cost a millisecond each step.
         self._logits = torch.empty(_KEPT_ROWS, step.vocab_size)
+
+    @property
+    def workspace(self) -> Workspace:
+        """What it computes with; another one may be set between steps."""
+        return self._step.workspace
+
+    @workspace.setter
+    def workspace(self, workspace: Workspace) -> None:
+        self._step.workspace = workspace
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         rows = inputs.logit_rows.shape[0]

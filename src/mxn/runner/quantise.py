@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from mxn_kernels.cpu import Workspace
+from mxn_kernels.cpu import Workspace, load_library
 from mxn_kernels.int8_linear import Int8Weight, int8_linear, pack_int8
 from mxn_kernels.rms_norm import rms_norm
 from torch import nn
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from mxn.attention.paged import prepare_cpu_kernels
 from mxn.errors import ModelError
 from mxn.runner.experts import KernelExperts, NotExperts, are_experts, pack_experts
+from mxn.runner.tuning import measure
 
 MAX_LINEAR_ERROR = 0.05
 """Relative error (2-norm, normal input) above which a layer keeps its floats; well-behaved weights give 0.01."""
@@ -28,6 +29,8 @@ MAX_NORM_ERROR = 1e-4
 """Relative error of a norm: both sides compute in float32, so only the order of summation differs."""
 
 CHECK_ROWS = 3
+
+PRODUCT_CASES = {"1 row": (1, 1), "8 rows": (8, 1), "128 rows": (128, 1)}
 
 
 @dataclass(kw_only=True)
@@ -117,6 +120,35 @@ def quantise_int8(model: nn.Module, *, threads: int, isa: str | None = None) -> 
     model.float()
     report.float_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return report
+
+
+def kernel_library() -> str:
+    """Name of the kernel library in use; it changes with sources, compiler and CPU."""
+    return load_library().path.name
+
+
+def use_threads(threads: int, model: nn.Module, *others: object) -> None:
+    """Makes a model's kernel modules, and whatever else has a workspace, compute on so many threads; torch too."""
+    for holder in (*model.modules(), *others):
+        if isinstance(getattr(holder, "workspace", None), Workspace):
+            holder.workspace = Workspace.shared(threads, holder.workspace.library.isa)
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def product_times(hidden_size: int, threads: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of one linear layer of a model's width on this CPU: case to "int8" and "fp32"."""
+    k = min(hidden_size, 2048)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(4 * k if k <= 1024 else 4096, k, generator=generator)
+    workspace = Workspace.shared(threads)
+    packed = pack_int8(weight, workspace=workspace)
+    inputs = {rows: torch.randn(rows, k, generator=generator) for rows, _ in PRODUCT_CASES.values()}
+    runs = {
+        "int8": lambda shape: int8_linear(inputs[shape[0]], packed, workspace=workspace),
+        "fp32": lambda shape: functional.linear(inputs[shape[0]], weight),
+    }
+    return measure(runs, {name: lambda: None for name in runs}, PRODUCT_CASES, budget_s=0.3)
 
 
 def _is_linear(module: nn.Module) -> bool:
