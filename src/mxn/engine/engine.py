@@ -14,6 +14,7 @@ from mxn.core.request import FinishReason, SequenceOutput, SequenceRequest, Toke
 from mxn.energy.attribution import StepLedger
 from mxn.engine.paged import BlockPlacement
 from mxn.engine.placement import Placement
+from mxn.engine.results import faults_of
 from mxn.engine.scheduler import Scheduled, SchedulerLimits, StepScheduler
 from mxn.engine.sequence import Sequence, SequenceStatus
 from mxn.engine.slots import SlotPlacement
@@ -234,7 +235,7 @@ class Engine:
     # ------------------------------------------------------------------ after a step
 
     def _postprocess(self, plan: list[Scheduled], result: StepResult) -> list[SequenceOutput]:
-        failed = dict(result.failed)
+        failed = faults_of(result, (p.sequence.seq_id for p in plan), self._vocab_size)
         sampled = {token.seq_id: token for token in result.tokens}
         prompt_logprobs = dict(result.prompt_logprobs)
         outputs: list[SequenceOutput] = []
