@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mxn import __version__, errors
+from mxn.cli.backend import backend
 from mxn.cli.bench import bench
 from mxn.cli.chat import chat
 from mxn.cli.chips import chips
@@ -53,6 +54,7 @@ def _root(
 for _command in (serve, chat, bench, demo, status, chips, doctor):
     app.command()(_command)
 app.add_typer(models, name="models")
+app.add_typer(backend, name="backend")
 
 
 def main() -> None:

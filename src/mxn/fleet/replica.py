@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import Self
 
 from mxn.core.request import SequenceOutput, SequenceRequest
 from mxn.engine.channel import ChannelError, pack, receive_from_replica
@@ -112,7 +113,7 @@ class Replica:
     @classmethod
     async def start(
         cls, load: Load, on_phase: Callable[[str, float], None], environment: dict[str, str] | None = None
-    ) -> Replica:
+    ) -> Self:
         """Starts a process, lets it load, and returns when it is ready.
 
         Raises: MxnError with the cause when loading fails; the process has ended then.
