@@ -41,6 +41,17 @@ class Ceilings(msgspec.Struct, frozen=True, kw_only=True):
         """The faster of the two ways in which attention can be computed."""
         return max(self.fp32_gflops, self.bf16_gflops)
 
+    def best(self, other: Ceilings) -> Ceilings:
+        """The higher of each: a neighbour may have lowered either."""
+        return Ceilings(
+            threads=self.threads,
+            int8_gops=max(self.int8_gops, other.int8_gops),
+            fp32_gflops=max(self.fp32_gflops, other.fp32_gflops),
+            bf16_gflops=max(self.bf16_gflops, other.bf16_gflops),
+            working_set_bytes=self.working_set_bytes,
+            read_gb_per_s=tuple(map(max, self.read_gb_per_s, other.read_gb_per_s)),
+        )
+
     def bytes_per_s(self, working_set: float) -> float:
         """At the measured working set that is nearest."""
         sizes = self.working_set_bytes

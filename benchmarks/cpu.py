@@ -185,9 +185,7 @@ async def compare(
         made = manifest(seed=seed)
         if warning := busy_warning(made.load_average, made.num_cores):
             say(warning)
-        sizes = {int(shape.weight_bytes(q)) for q in ("int4", "int8")}
-        ceilings = measure_ceilings(made.num_cores, sorted(sizes))
-        say(f"ceilings: {ceilings}")
+        ceilings = measure_ceilings(made.num_cores, sorted(int(shape.weight_bytes(q)) for q in ("int4", "int8")))
         report = CpuReport(manifest=made, records=(), ceilings=ceilings, shape=shape, absent=absent)
     prompts = Prompts(model.folder, seed=seed)
     todo = []
@@ -207,6 +205,9 @@ async def compare(
                     )
             arms = [turns[id(side)] for side in able]
             report = with_records(report, await run(workload, arms, prompts, repetitions))
+            again = measure_ceilings(report.ceilings.threads, report.ceilings.working_set_bytes)
+            report = replace(report, ceilings=report.ceilings.best(again))
+            say(f"ceilings: {again}")
             if out_path:
                 save(report, out_path)
     return report
