@@ -98,6 +98,7 @@ def main(
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", min=1)] = 5,
     quantisation: Annotated[str, typer.Option(help="mxn's quantisations, separated by commas.")] = "int8",
     threads: Annotated[int | None, typer.Option(help="mxn's compute threads.", min=1)] = None,
+    kv_gib: Annotated[float, typer.Option(help="Memory for each KV cache of mxn.")] = 2.0,
     only: Annotated[str, typer.Option(help="Sides to run: labels separated by commas; all by default.")] = "",
     limit_s: Annotated[float, typer.Option(help="Seconds one side may take for one workload.")] = 120.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the prompts; another one for each run by default.")] = None,
@@ -110,7 +111,8 @@ def main(
         raise ConfigError(f"unknown workload {', '.join(unknown)}; available: {', '.join(ALL)}")
     asked = load_setup(setup)
     quantisations = quantisation.split(",")
-    sides = [side for q in quantisations for side in own_sides(asked.model, q, quantisations, threads)] + [*asked.peers]
+    options = ["--backend", "cpu", "--kv-gib", str(kv_gib), *(["--threads", str(threads)] if threads else [])]
+    sides = [side for q in quantisations for side in own_sides(asked.model, q, quantisations, options)] + [*asked.peers]
     if only:
         wanted = [label.strip() for label in only.split(",")]
         if unknown := [label for label in wanted if label not in {side.label for side in sides}]:
@@ -136,10 +138,10 @@ def main(
         raise typer.Exit(EXIT_FAILURE)
 
 
-def own_sides(model: str, quantisation: str, all_of_them: Sequence[str], threads: int | None) -> list[Peer]:
+def own_sides(model: str, quantisation: str, all_of_them: Sequence[str], settings: Sequence[str]) -> list[Peer]:
     """mxn in a process without HTTP, and its server."""
     suffix = f" {quantisation}" if len(all_of_them) > 1 else ""
-    options = ("--backend", "cpu", "--quantisation", quantisation, *(("--threads", str(threads)) if threads else ()))
+    options = (*settings, "--quantisation", quantisation)
     port = free_port()
     serve = (sys.executable, "-m", "mxn.cli.main", "serve", model, "--port", str(port), *options)
     return [

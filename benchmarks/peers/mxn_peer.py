@@ -1,6 +1,6 @@
 """mxn's own engine as a worker: no HTTP, no second process.
 
-python mxn_peer.py MODEL [--quantisation int8] [--threads 2]
+python mxn_peer.py MODEL [--quantisation int8] [--threads 2] [--kv-gib 2]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--quantisation", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--kv-gib", type=float)
     arguments = parser.parse_args()
     pipe = private_stdout()
 
