@@ -1,7 +1,7 @@
 """One layer's keys and values as the CPU kernels store them, in half precision or in 8 bits.
 
 Sixteen tokens of one KV head make a sub-block: keys [key_dim][16], values [16][pitch], where the pitch is value_dim
-rounded up to 16. In 8 bits each is preceded by sixteen float32 scales: a token's row is rounded by its own largest value.
+rounded up to 16. In 8 bits each is preceded by sixteen float32 scales: a row is rounded by its own largest value.
 
 | kv_dtype | bytes of a token and KV head, key_dim = value_dim = 64 |
 |---|---|

@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <algorithm>
 #include <random>
 #include <thread>
 
@@ -204,11 +205,19 @@ static void steps_equal_one_thread(Workspace* alone, Workspace* many) {
         auto run = [&](int side, Workspace* space) {
             std::vector<Plan> plans;
             Decoder decoder{layers[side].data(), embedding.data(), head, whole, LAYERS, HIDDEN, VOCAB, 2.f, .5f, 30.f};
-            std::vector<float> found(rows.size() * VOCAB), after(batch.ids.size() * HIDDEN);
+            std::vector<float> found(rows.size() * VOCAB), after(batch.ids.size() * HIDDEN), best(rows.size());
+            std::vector<int64_t> chosen(rows.size());
+            double seconds[NUM_STAGE_KINDS + 1] = {};
             for (int again = 0; again < 3; again++) {
-                StepInput in{batch.ids.data(), nullptr, batch.positions.data(), &batch.view, rows.data(), found.data(), after.data(), (int32_t)rows.size(), 0, LAYERS};
+                StepInput in{batch.ids.data(), nullptr, batch.positions.data(), &batch.view, rows.data(), found.data(), nullptr, nullptr, after.data(), seconds, (int32_t)rows.size(), 0, LAYERS};
                 Fault fault;
                 expect(!mxn_step(again % 2 ? many : space, &plans, &decoder, &in, &fault), "step");
+                in.logits = nullptr, in.chosen = chosen.data(), in.chosen_logits = best.data(), in.profile = nullptr;
+                expect(!mxn_step(again % 2 ? many : space, &plans, &decoder, &in, &fault), "greedy step");
+                for (size_t r = 0; r < rows.size(); r++) {
+                    const float* row = &found[r * VOCAB];
+                    expect(chosen[r] == std::max_element(row, row + VOCAB) - row && best[r] == row[chosen[r]], "the likeliest token");
+                }
                 expect(logits[side].empty() || equal(logits[side], found), "a step repeats itself");
                 logits[side] = found;
             }

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import pytest
 import torch
 from mxn_kernels.cpu import Workspace
 from mxn_kernels.cpu_cache import LayerCache
-from mxn_kernels.cpu_step import Decoder, DecoderStep, Layer, Norm, Rotation
+from mxn_kernels.cpu_decoder import Decoder, Layer, Norm, Rotation
+from mxn_kernels.cpu_step import STAGES, DecoderStep
+from mxn_kernels.group_linear import GroupWeight, pack_groups
 from mxn_kernels.int8_linear import Int8Weight, int8_linear, pack_int8
-from mxn_kernels.paged_attention import PagedBatch
+from mxn_kernels.packed_linear import packed_linear
+from mxn_kernels.paged_attention import PagedBatch, paged_attention
 from mxn_kernels.rms_norm import rms_norm
+from torch.nn import functional
 
 pytestmark = pytest.mark.torch
 
@@ -65,6 +70,100 @@ def test_head_and_embedding_are_the_ops_of_their_own(workspace: Workspace) -> No
     logits = step.project(hidden, positions, batch, torch.tensor([4, 0]))
     normed = rms_norm(hidden[[4, 0]], decoder.final_norm.weight, 1e-6, workspace=workspace)
     assert torch.equal(logits, int8_linear(normed, decoder.head, workspace=workspace))
+
+
+@pytest.mark.parametrize("change", [{}, {"logit_factor": 0.3, "logit_softcap": 2.0}])
+def test_greedy_is_the_argmax_of_the_logits(workspace: Workspace, change: dict[str, Any]) -> None:
+    decoder = dataclasses.replace(make_decoder(workspace), **change)
+    head = random(1000, HIDDEN)
+    head[700] = head[13]  # of equals the first
+    decoder = dataclasses.replace(decoder, head=pack_int8(head, workspace=workspace), embedding=random(1000, HIDDEN))
+    step = DecoderStep(decoder, workspace)
+    positions, batch = one_sequence(20)
+    rows = torch.arange(19, -1, -1)
+    for ids in (torch.arange(20) * 37, torch.arange(20) + 500):
+        logits = step(ids, positions, batch, rows)
+        found, best = step.greedy(ids, positions, batch, rows)
+        assert torch.equal(found, torch.from_numpy(logits.numpy().argmax(-1)))
+        assert torch.equal(best, logits.amax(-1))
+
+
+def test_greedy_says_which_rows_are_broken(workspace: Workspace) -> None:
+    decoder = make_decoder(workspace)
+    step = DecoderStep(decoder, workspace)
+    decoder.embedding[7] = torch.nan
+    positions, batch = one_sequence(2)
+    batch = PagedBatch(ints(0, 1, 2), ints(1, 1), ints(0, 1)[:, None], ints(0, 16))
+    found, best = step.greedy(torch.tensor([7, 8]), positions * 0, batch, torch.tensor([0, 1]))
+    assert best.isfinite().tolist() == [False, True]
+    assert found[1] == step(torch.tensor([7, 8]), positions * 0, batch, torch.tensor([1])).argmax()
+
+
+def test_profile_adds_up_to_the_time_of_the_steps(workspace: Workspace) -> None:
+    step = DecoderStep(make_decoder(workspace), workspace)
+    positions, batch = one_sequence(20)
+    call = (torch.arange(20), positions, batch, torch.tensor([19]))
+    expected = step(*call)
+    assert step.profile() == {}
+    step.start_profile()
+    started = time.perf_counter()
+    for _ in range(5):
+        assert torch.equal(step(*call), expected)
+    elapsed = time.perf_counter() - started
+    seconds = step.profile()
+    assert list(seconds) == [*STAGES, "waiting"]
+    assert 0 < sum(seconds.values()) < elapsed
+    assert all(seconds[stage] > 0 for stage in ("attention", "gate and up", "head", "q, k, v"))
+    assert seconds["norm of results"] == 0
+    step.start_profile()
+    assert not any(step.profile().values())
+    step.stop_profile()
+    assert step.profile() == {}
+
+
+def test_layers_of_any_format_and_cache_type(workspace: Workspace) -> None:
+    """Weights of one layer in different formats, keys in 8 bits, sinks: equal to the ops of their own."""
+    decoder = make_decoder(workspace)
+    formats = iter(("q4_0", "q4_1", "q8_0", "q4_0", "q8_0"))
+
+    def weight(n: int, k: int) -> GroupWeight:
+        return pack_groups(random(n, k), format=next(formats), workspace=workspace)
+
+    shape = {"num_blocks": 4, "block_size": 16, "num_kv_heads": 2, "key_dim": DIM, "value_dim": DIM}
+    layer = dataclasses.replace(
+        decoder.layers[0],
+        qkv=(weight(2 * HEADS * DIM, HIDDEN),),
+        out=weight(HIDDEN, HEADS * DIM),
+        gate=weight(INNER, HIDDEN),
+        up=weight(INNER, HIDDEN),
+        down=weight(HIDDEN, INNER),
+        cache=LayerCache.allocate(**shape, kv_dtype="int8"),
+        rotation=None,
+        sinks=random(HEADS),
+    )
+    step = DecoderStep(dataclasses.replace(decoder, layers=(layer,)), workspace)
+    positions, batch = one_sequence(20)
+    hidden = random(20, HIDDEN)
+    found = step.run_layer(0, hidden, positions, batch)
+
+    def linear(x: torch.Tensor, packed: GroupWeight) -> torch.Tensor:
+        return packed_linear(x, packed, workspace=workspace)
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, layer.before_mlp.weight, 1e-6, workspace=workspace)
+
+    heads = linear(norm(hidden), layer.qkv[0]).view(20, -1, DIM).transpose(0, 1)
+    query, key, value = heads.split([HEADS, 2, 2])
+    cache = LayerCache.allocate(**shape, kv_dtype="int8")
+    attended = paged_attention(
+        query, key, value, cache, batch, scaling=layer.scaling, sinks=layer.sinks, workspace=workspace
+    )
+    assert torch.equal(cache.keys, layer.cache.keys)
+    between = hidden + linear(attended.flatten(1), layer.out)
+    gated = functional.silu(linear(norm(between), layer.gate)) * linear(norm(between), layer.up)
+    expected = between + linear(gated, layer.down)
+    # The same roundings on both sides, but silu is computed apart: its last bit may tip a rounding to 8 bits.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * float((expected - between).abs().max()))
 
 
 def test_threads_and_a_given_buffer_change_nothing(workspace: Workspace) -> None:

@@ -148,6 +148,35 @@ def test_broken_sequence_fails_alone(make_model: Callable[..., Any], kernels: No
     assert torch.equal(found[whole], expected[whole])
 
 
+def test_greedy_rows_are_answered_inside_the_step_and_broken_ones_fail(
+    make_model: Callable[..., Any], kernels: None
+) -> None:
+    runner = load(make_model("llama")[1], "step")
+    program = runner._forward
+    program._step.decoder.embedding[100] = torch.nan
+    steps = [
+        SequenceStep(
+            seq_id=seq,
+            token_ids=[token],
+            start=0,
+            block_ids=range(8 * seq, 8 * seq + 8),
+            is_sampled=seq != 2,
+            sampling=SamplingParams(temperature=0.0),
+            seed=0,
+            num_prompt_tokens=1,
+            num_output_tokens=0,
+        )
+        for seq, token in enumerate((5, 100, 6, 7))
+    ]
+    likeliest = [int(forward(runner, [(seq, [token], 0)]).argmax()) for seq, token in ((0, 5), (3, 7))]
+    rows: list[int] = []
+    program._step.greedy = lambda *call: rows.append(len(call[3])) or type(program._step).greedy(program._step, *call)
+    result = runner.execute(StepBatch(step_id=0, sequences=tuple(steps)))
+    assert rows == [3]  # only the rows asked for went through the head
+    assert [(token.seq_id, token.token_id) for token in result.tokens] == [(0, likeliest[0]), (3, likeliest[1])]
+    assert [seq for seq, _ in result.failed] == [1]
+
+
 def test_no_rows_asked_for_still_writes_the_cache(make_model: Callable[..., Any], kernels: None) -> None:
     runner = load(make_model("llama")[1], "step")
     whole = forward(runner, [(0, [5, 6, 7, 8], 0)])[-1]

@@ -1,10 +1,11 @@
-"""From a step's inputs to logits. One program per way of computing the model; the executor does not care which."""
+"""From a step's inputs to logits or likeliest tokens. One program per way of computing; the executor does not care."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from mxn.attention.base import AttentionBackend
 from mxn.errors import UnsupportedModelError
 from mxn.runner.attention_hook import AttentionCall
 from mxn.runner.inputs import StepInputs
+from mxn.runner.sampler import argmax
 
 
 class ForwardProgram(Protocol):
@@ -25,6 +27,12 @@ class ForwardProgram(Protocol):
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Logits (R, vocabulary) of `inputs.logit_rows`, any float dtype; they may be overwritten by the next call."""
+
+    def greedy(self, inputs: StepInputs) -> tuple[list[int], np.ndarray]:
+        """The same step, answered with each row's likeliest token and that token's logit.
+
+        The logit is not finite where a row's logits hold NaN or infinity. See `sampler.argmax`.
+        """
 
 
 class ModuleForward:
@@ -60,3 +68,6 @@ class ModuleForward:
                 f"expected {len(self._windows)}: once per layer"
             )
         return logits
+
+    def greedy(self, inputs: StepInputs) -> tuple[list[int], np.ndarray]:
+        return argmax(self(inputs))

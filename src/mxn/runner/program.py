@@ -8,8 +8,11 @@ differ only where a last bit tips a rounding. How far the quantised modules are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from mxn_kernels.cpu import Workspace
 from mxn_kernels.cpu_step import DecoderStep
@@ -60,10 +63,11 @@ class StepForward:
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         rows = inputs.logit_rows.shape[0]
         out = self._logits[:rows] if rows <= _KEPT_ROWS else None
-        try:
-            return self._step(inputs.token_ids[0], inputs.positions[0], _paged(inputs), inputs.logit_rows, out=out)
-        except MemoryError as error:
-            raise OutOfMemoryError(str(error)) from error
+        return _run(partial(self._step, out=out), inputs)
+
+    def greedy(self, inputs: StepInputs) -> tuple[list[int], np.ndarray]:
+        token_ids, best = _run(self._step.greedy, inputs)
+        return token_ids.tolist(), best.numpy()
 
 
 def choose_program(
@@ -156,6 +160,13 @@ def _inputs(number: int, vocab_size: int, block_size: int) -> StepInputs:
 def _paged(inputs: StepInputs) -> PagedBatch:
     meta = inputs.attention
     return PagedBatch(meta.query_starts, meta.context_lens, meta.block_table, meta.slot_mapping)
+
+
+def _run(step: Callable[..., Any], inputs: StepInputs) -> Any:
+    try:
+        return step(inputs.token_ids[0], inputs.positions[0], _paged(inputs), inputs.logit_rows)
+    except MemoryError as error:
+        raise OutOfMemoryError(str(error)) from error
 
 
 def _relative_error(found: torch.Tensor, expected: torch.Tensor, base: torch.Tensor | int) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mxn_kernels.cpu_step import Activation, Decoder, Layer, Norm, Rotation
+from mxn_kernels.cpu_decoder import Activation, Decoder, Layer, Norm, Rotation
 from mxn_kernels.int8_linear import Int8Weight
 from torch import nn
 from torch.nn import functional

@@ -39,17 +39,22 @@ def sample(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> Sampled:
     Args: logits (rows, vocabulary), any float dtype; not changed. steps: the sequence of each row.
     """
     if all(step.sampling.is_plain_greedy for step in steps):
-        token_ids, best = _argmax(logits)
-        rows: list[SampledToken | None] = [
-            SampledToken(seq_id=s.seq_id, token_id=t) for s, t in zip(steps, token_ids, strict=True)
-        ]
-    else:
-        token_ids, best = _draw_all(logits, steps)
-        logprobs = _logprobs(logits, steps, token_ids)
-        rows = [
-            SampledToken(seq_id=step.seq_id, token_id=token_id, logprob=logprob)
-            for step, token_id, logprob in zip(steps, token_ids, logprobs, strict=True)
-        ]
+        return take(*argmax(logits), steps)
+    token_ids, best = _draw_all(logits, steps)
+    return take(token_ids, best, steps, _logprobs(logits, steps, token_ids))
+
+
+def take(
+    token_ids: Sequence[int],
+    best: np.ndarray,
+    steps: Sequence[SequenceStep],
+    logprobs: Sequence[TokenLogprob | None] | None = None,
+) -> Sampled:
+    """The drawn token of each row, or its failure where `best`, the row's largest logit, is not finite."""
+    rows = [
+        SampledToken(seq_id=step.seq_id, token_id=token_id, logprob=logprob)
+        for step, token_id, logprob in zip(steps, token_ids, logprobs or [None] * len(steps), strict=True)
+    ]
     is_finite = np.isfinite(best)
     if is_finite.all():
         return Sampled(tokens=tuple(rows))
@@ -70,7 +75,7 @@ def prompt_logprobs(logits: torch.Tensor, step: SequenceStep) -> tuple[TokenLogp
     return _token_logprobs(logits[: len(targets)].float(), targets, [step.sampling.num_prompt_logprobs] * len(targets))
 
 
-def _argmax(logits: torch.Tensor) -> tuple[list[int], np.ndarray]:
+def argmax(logits: torch.Tensor) -> tuple[list[int], np.ndarray]:
     """Index and value of each row's largest logit; NaN counts as largest. numpy is ten times faster here than torch."""
     if logits.device.type == "cpu":
         rows = logits.float().numpy()
@@ -82,7 +87,7 @@ def _argmax(logits: torch.Tensor) -> tuple[list[int], np.ndarray]:
 
 def _draw_all(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> tuple[list[int], np.ndarray]:
     """Tokens of rows of all kinds, and each row's largest logit before any rule."""
-    token_ids, best = _argmax(logits)
+    token_ids, best = argmax(logits)
     ruled = [i for i, step in enumerate(steps) if not step.sampling.is_greedy or _changes_logits(step)]
     ruled = [i for i in ruled if np.isfinite(best[i])]
     if not ruled:
@@ -90,7 +95,7 @@ def _draw_all(logits: torch.Tensor, steps: Sequence[SequenceStep]) -> tuple[list
     work = logits[ruled].float() if len(ruled) < len(steps) else logits.to(torch.float32, copy=True)
     for row, i in enumerate(ruled):
         _apply_rules(work[row], steps[i])
-    largest_ids, largest = _argmax(work)
+    largest_ids, largest = argmax(work)
     random_rows = []
     for row, i in enumerate(ruled):
         if steps[i].sampling.is_greedy:

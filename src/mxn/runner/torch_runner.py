@@ -19,7 +19,7 @@ from mxn.runner.forward import ForwardProgram, ModuleForward
 from mxn.runner.inputs import StepInputs, build_inputs
 from mxn.runner.loading import LoadProgress, load_config, load_model
 from mxn.runner.rotation import fix_rotation, fixed_context
-from mxn.runner.sampler import NOT_FINITE, prompt_logprobs, sample
+from mxn.runner.sampler import NOT_FINITE, prompt_logprobs, sample, take
 from mxn.runner.self_test import check_architecture
 from mxn.store.spec import layer_windows
 
@@ -99,6 +99,9 @@ class TorchRunner:
             return StepResult(tokens=())
         inputs = build_inputs(batch, self.block_size, self._device)
         try:
+            if all(step.sampling.is_plain_greedy for step in batch.sequences):  # logits need not leave the program
+                drawn = take(*self._forward.greedy(inputs), [step for step in batch.sequences if step.is_sampled])
+                return StepResult(tokens=drawn.tokens, failed=drawn.failed)
             logits = self._forward(inputs)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(str(error)) from error

@@ -31,6 +31,10 @@ struct PackedWeight {
     int depth() const { return (k + GROUP - 1) / GROUP * GROUP; }
     int num_panels() const { return (n + PANEL - 1) / PANEL; }
     const uint8_t* panel(int p) const { return panels + (int64_t)p * (depth() / GROUP) * group_bytes(format); }
+    PackedWeight only(int p) const {
+        int rest = n - p * PANEL;
+        return {panel(p), scales ? scales + p * PANEL : nullptr, bias + p * PANEL, rest < PANEL ? rest : PANEL, k, format};
+    }
 };
 
 struct Activations {

@@ -41,6 +41,9 @@ struct Decoder {
     float embedding_scale, logit_factor, logit_softcap;  // softcap 0: none
 };
 
+// What a step's time is noted under; names in cpu_step.py.
+enum StageKind : int32_t { EMBED, QUANTISE, QKV, ROTATE, ATTEND, MERGE, OUT, SETTLE, GATE_UP, DOWN, HEAD, NUM_STAGE_KINDS };
+
 // One call: from token ids (or hidden states, for checks) through layers [first_layer, last_layer) to logits of some rows.
 struct StepInput {
     const int64_t* token_ids;  // null: begin with `hidden`
@@ -48,7 +51,10 @@ struct StepInput {
     const int64_t* positions;
     const Batch* batch;
     const int64_t* logit_rows;
-    float* logits;      // [num_logit_rows][vocab_size]
-    float* hidden_out;  // null, or [tokens][hidden_size] after the last layer
+    float* logits;         // [num_logit_rows][vocab_size]; not used if `chosen` is
+    int64_t* chosen;       // null, or [num_logit_rows]: the likeliest token of each row, of equals the first
+    float* chosen_logits;  // [num_logit_rows]: its logit, not finite if the row holds NaN or infinity
+    float* hidden_out;     // null, or [tokens][hidden_size] after the last layer
+    double* profile;       // null, or seconds by StageKind (of all threads, divided by their number), then of the whole; added to
     int32_t num_logit_rows, first_layer, last_layer;
 };
