@@ -56,10 +56,10 @@ check: $(VENV)/.dev ## format, lint, types, import rules and the tests that need
 	$(BIN)/python -m pytest -m "not torch and not model and not slow" \
 	  --ignore=tests/attention --ignore=tests/kernels --ignore=tests/runner $(ARGS)
 
-# Takes the machine's own interpreter, whose torch and triton fit its chip; pytest and numpy are all it needs beside them.
-gpu: ## on a machine with a GPU: kernels against their references, then the kernel benchmark (JSON under OUT=folder)
-	PYTHONPATH=kernels $(PYTHON) -m pytest -c /dev/null --rootdir=. --confcutdir=tests/kernels/triton -q tests/kernels/triton
-	PYTHONPATH=kernels $(PYTHON) benchmarks/kernels.py --out $${OUT:-benchmarks/results}/kernels.json $(ARGS)
+# Takes the machine's own interpreter, whose torch and triton fit its chip; transformers and numpy are all it needs beside
+# them, and nvidia-ml-py for energy. Results go to $OUT, else to benchmarks/results. ARGS=--dry-run: on a CPU, tiny shapes.
+gpu: ## on a machine with a GPU: everything that needs one, in under eight minutes (JSON under OUT=folder)
+	$(PYTHON) benchmarks/gpu.py $(ARGS)
 
 format: $(VENV)/.dev ## format and fix what can be fixed by itself
 	$(BIN)/ruff format .

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 Outcome = TypeVar("Outcome")
 
 
 def stamp(device: str = "cuda") -> dict[str, Any]:
     """Chip, driver, versions, commit, command and time."""
+    import torch
+
     try:
         import triton
 

@@ -31,9 +31,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
+from chip_facts import Parts, stamp  # noqa: E402
+
+# transformers would take kernels.py in this folder for the package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT / "benchmarks"]
+
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from chip_facts import Parts, stamp  # noqa: E402
 
 from mxn.backends.cuda import CudaBackend  # noqa: E402
 from mxn.backends.gpu import GpuBackend  # noqa: E402

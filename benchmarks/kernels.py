@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernels"))
 
+from chip_facts import stamp  # noqa: E402
 from kernel_rows import Row, normal, rows  # noqa: E402
 from mxn_kernels import tuning  # noqa: E402
 from mxn_kernels.target import Target  # noqa: E402
@@ -199,7 +198,9 @@ def main() -> int:
     if options.tune:
         tune(options.tune, target)
         return 0
-    facts = stamp(target)
+    facts = stamp()
+    facts["target"] = asdict(target) | {"fp8_dtypes": [str(dtype) for dtype in target.fp8_dtypes]}
+    facts["repeats"] = REPEATS
     limits = ceilings()
     copy_gb_s, product_tflops = limits["copy_bytes_s"] / 1e9, limits["matmul_flops_s"] / 1e12
     print(f"{facts['chip']}: copy {copy_gb_s:.0f} GB/s, bf16 product {product_tflops:.0f} TFLOP/s")
@@ -210,9 +211,9 @@ def main() -> int:
         done[row.name] = result
         print(line(result), flush=True)
         torch.cuda.empty_cache()
-    if options.out:
-        results = [asdict(result) for result in done.values()]
-        options.out.write_text(json.dumps({**facts, "ceilings": limits, "rows": results}, indent=1) + "\n")
+        if options.out:  # after every row, so that what ends this process leaves what it had
+            results = [asdict(result) for result in done.values()]
+            options.out.write_text(json.dumps({**facts, "ceilings": limits, "rows": results}, indent=1) + "\n")
     return 1 if any(result.state.startswith("wrong") for result in done.values()) else 0
 
 
@@ -242,33 +243,6 @@ def line(result: Result) -> str:
         name: f"{cell:.1f}" if isinstance(cell, float) else cell for name, cell in result.rivals_microseconds.items()
     }
     return text + "  ".join(f"{name} {cell}" for name, cell in shown.items())
-
-
-def stamp(target: Target) -> dict[str, Any]:
-    import triton
-
-    def tell(*command: str) -> str | None:
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, timeout=20, cwd=ROOT, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    driver = tell("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "chip": torch.cuda.get_device_name(),
-        "target": asdict(target) | {"fp8_dtypes": [str(dtype) for dtype in target.fp8_dtypes]},
-        "driver": (driver or "unknown").splitlines()[0],
-        "torch": torch.__version__,
-        "cuda_or_hip": torch.version.cuda or torch.version.hip,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": tell("git", "rev-parse", "HEAD"),
-        "command": " ".join(sys.argv),
-        "time_utc": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "repeats": REPEATS,
-    }
 
 
 if __name__ == "__main__":
