@@ -1,7 +1,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from mxn.backends.fake import FakeBackend
+import pytest
+
+from mxn.backends.fake import FAKE_W, FakeBackend
 from mxn.bench.in_process import InProcessArm
 from mxn.bench.runner import measure
 from mxn.bench.workloads import PromptMaker, parse_workloads
@@ -38,4 +40,5 @@ async def test_engine_in_process_runs_the_same_workloads(
     cached = by_name["W4"].num_cached_tokens
     assert cached is not None
     assert cached >= 2 * 12 * 768
-    assert by_name["W4"].tokens_per_watt.value is None
+    assert by_name["W4"].mean_watts.value == pytest.approx(FAKE_W)
+    assert by_name["W4"].mean_watts.provenance == "simulated"

@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import Mxn
 
-COMMANDS = ("serve", "chat", "bench", "demo", "status", "chips", "models", "doctor")
+COMMANDS = ("serve", "chat", "bench", "demo", "report", "status", "chips", "models", "doctor")
 
 
 def test_help_lists_every_command_and_is_quick(mxn: Mxn) -> None:
@@ -101,7 +101,7 @@ def test_chips_as_json_names_backends_and_power(mxn: Mxn) -> None:
     found = json.loads(mxn("chips", "--json").out)
     assert {entry["name"] for entry in found["backends"]} >= {"cpu", "fake"}
     fake = next(entry for entry in found["chips"] if entry["backends"] == ["fake"])
-    assert fake["power"]["kind"] == "none"
+    assert fake["power"]["kind"] == "replay"
 
 
 def test_chips_as_text_has_no_colour_codes_off_a_terminal(mxn: Mxn) -> None:

@@ -21,7 +21,7 @@ def test_ready_line_tells_what_was_chosen(server: Serving, model_folder: str) ->
     assert deployment["name"] == "tiny"
     assert deployment["folder"] == model_folder
     assert (deployment["backend"], deployment["chip"], deployment["attention"]) == ("fake", "fake-0", "none")
-    assert deployment["power"] == {"source": "none", "kind": "none", "detail": "a simulated chip draws no power"}
+    assert (deployment["power"]["source"], deployment["power"]["kind"]) == ("scripted", "replay")
     assert server.url.startswith("http://127.0.0.1:")
 
 

@@ -36,12 +36,13 @@ _LONGEST_WORDS = 400
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PowerSource:
-    """What would read a chip's energy: fields as in `PowerReader`."""
+    """What would read a chip's energy, and the cap that the chip is set to: fields as in `PowerReader`."""
 
     name: str
     kind: str
     scope: str
     detail: str
+    power_limit_w: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +201,13 @@ def _ask(name: str) -> Survey:
     chips = []
     for chip in backend.chips() if probe.state == "active" else ():
         reader = backend.power(chip)
-        power = PowerSource(name=reader.name, kind=str(reader.kind), scope=str(reader.scope), detail=reader.detail)
+        power = PowerSource(
+            name=reader.name,
+            kind=str(reader.kind),
+            scope=str(reader.scope),
+            detail=reader.detail,
+            power_limit_w=reader.power_limit_w,
+        )
         reader.close()
         chips.append(SurveyedChip(chip=chip, capabilities=backend.capabilities(chip), power=power))
     return Survey(probe=probe, chips=tuple(chips), seconds=time.monotonic() - start_s)

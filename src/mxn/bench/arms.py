@@ -9,6 +9,7 @@ import msgspec
 
 from mxn.bench.client import CompletionsClient, RequestResult
 from mxn.bench.load import LoadRun, Session, drive
+from mxn.bench.quality import Asker
 from mxn.bench.records import Subject
 from mxn.energy.reader import PowerReader
 from mxn.engine.http_stream import ConnectionPool
@@ -50,6 +51,7 @@ class HttpArm:
     ) -> None:
         self.subject = subject
         self.readers = readers
+        self._base_url, self._api_key, self._model = base_url, api_key, subject.model
         self._client = CompletionsClient(base_url, model=subject.model, api_key=api_key, extra=extra)
 
     async def run(self, prompts: Sequence[str], max_tokens: int, concurrency: int) -> list[RequestResult]:
@@ -57,6 +59,10 @@ class HttpArm:
 
     async def drive(self, sessions: Sequence[Session], concurrency: int) -> LoadRun:
         return await drive(self._client, sessions, concurrency=concurrency)
+
+    def asker(self) -> Asker:
+        """For questions to the same server apart from the load."""
+        return Asker(self._base_url, model=self._model, api_key=self._api_key)
 
     def close(self) -> None:
         self._client.close()

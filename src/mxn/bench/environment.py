@@ -7,11 +7,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mxn.bench.records import Manifest
+from mxn.energy.reader import PowerReader
 
 _PACKAGES = ("mxn", "torch", "transformers", "tokenizers", "numpy", "uvicorn", "fastapi")
 _FEATURES = (
@@ -20,7 +22,7 @@ _FEATURES = (
 )  # fmt: skip
 
 
-def manifest(*, seed: int) -> Manifest:
+def manifest(*, seed: int, readers: Sequence[PowerReader] = ()) -> Manifest:
     """What a reader needs to repeat the run."""
     name, features = cpu_name_and_features()
     return Manifest(
@@ -35,6 +37,8 @@ def manifest(*, seed: int) -> Manifest:
         versions={"python": platform.python_version(), **package_versions()},
         load_average=round(os.getloadavg()[0], 2),
         seed=seed,
+        power_sources=tuple(f"{reader.name} ({reader.kind}, {reader.scope}): {reader.detail}" for reader in readers),
+        power_limits_w=tuple(reader.power_limit_w for reader in readers),
     )
 
 

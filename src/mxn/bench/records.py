@@ -155,11 +155,22 @@ class Record:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """A cell of the matrix that was not measured, and why."""
+
+    model: str
+    backend: str
+    quantisation: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
     """All records of one run."""
 
     manifest: Manifest
     records: tuple[Record, ...]
+    skipped: tuple[Skipped, ...] = ()
     schema_version: int = field(default=SCHEMA_VERSION)
 
 

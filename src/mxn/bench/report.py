@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mxn.bench.comparison import mismatches
 from mxn.bench.metrics import Spread
 from mxn.bench.records import Manifest, Record, Report
+from mxn.bench.statistics import ratio_interval
 from mxn.core.quantity import Provenance, Quantity
 
 if TYPE_CHECKING:
@@ -27,21 +28,37 @@ class Grid:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """What was measured of one subject: one stream, a batch, and the one of them whose energy is shown."""
+
+    one: Record | None
+    batch: Record | None
+    main: Record
+
+
+def cells(records: Sequence[Record]) -> list[Cell]:
+    """One cell per subject, in order."""
+    found = []
+    for key in dict.fromkeys((r.subject.model, r.subject.label) for r in records):
+        own = [r for r in records if (r.subject.model, r.subject.label) == key]
+        one = next((r for r in own if r.workload.headline == "decode_tokens_per_s"), None)
+        batch = next((r for r in own if r.workload.headline == "output_tokens_per_s"), None)
+        found.append(Cell(one=one, batch=batch, main=batch or one or own[0]))
+    return found
+
+
 def matrix(records: Sequence[Record]) -> Grid:
     """Model x backend: speed of one stream, TTFT, speed of a batch, watts with provenance and tokens per watt.
 
     Watts and tokens per watt belong to the batch when one was run, else to the stream.
     """
-    labels = list(dict.fromkeys(r.subject.label for r in records))
     rows = []
     sources: dict[str, None] = {}  # ordered sets
     interfaces: dict[str, None] = {}
     batch_title = "Batch"
-    for label in labels:
-        own = [r for r in records if r.subject.label == label]
-        one = next((r for r in own if r.workload.headline == "decode_tokens_per_s"), None)
-        batch = next((r for r in own if r.workload.headline == "output_tokens_per_s"), None)
-        main = batch or one or own[0]
+    for cell in cells(records):
+        one, batch, main = cell.one, cell.batch, cell.main
         if batch:
             batch_title = f"{batch.workload.concurrency} at once"
         subject, watts = main.subject, main.mean_watts
@@ -56,7 +73,7 @@ def matrix(records: Sequence[Record]) -> Grid:
                 figure(batch.headline) if batch else "-",
                 number_text(watts.value) if watts.value is not None else "-",
                 number_text(main.tokens_per_watt.value) if main.tokens_per_watt.value is not None else "-",
-                str(watts.provenance),
+                str(watts.provenance) if main.is_result else "NO RESULT",
             )
         )
     return Grid(
@@ -77,6 +94,7 @@ def matrix(records: Sequence[Record]) -> Grid:
             "idle power included.",
             *sources,
             *_fault_notes(records),
+            *_mismatch_notes([cell.main for cell in cells(records)]),
         ),
     )
 
@@ -98,9 +116,9 @@ def comparison(records: Sequence[Record]) -> Grid:
                 text += f"  {ratio_text(first, record)}"
             row.append(text + (" FAULT" if record and record.faults else ""))
         rows.append(tuple(row))
-    notes = ["Median [lowest, highest] of the repetitions."]
+    notes = ["Median [lowest, highest] of the repetitions.", *_warning_notes(records)]
     if len(labels) > 1:
-        notes.append(f"x: how many times better than {labels[0]}; median [lowest, highest] over paired repetitions.")
+        notes.append(f"x: how many times better than {labels[0]}, with its 95 % interval over paired repetitions.")
     return Grid(title="Workloads", columns=("Workload", "Figure", *labels), rows=tuple(rows), notes=tuple(notes))
 
 
@@ -140,8 +158,27 @@ def details(records: Sequence[Record]) -> Grid:
     )
 
 
+def _warning_notes(records: Sequence[Record]) -> list[str]:
+    """Warnings, those that all records share once."""
+    by_text: dict[str, list[str]] = {}
+    for record in records:
+        for warning in record.warnings:
+            by_text.setdefault(warning, []).append(f"{record.subject.label}, {record.workload.name}")
+    return [f"{'all' if len(where) == len(records) else '; '.join(where)}: {text}." for text, where in by_text.items()]
+
+
 def _fault_notes(records: Sequence[Record]) -> tuple[str, ...]:
-    return tuple(f"FAULT {r.subject.label}, {r.workload.name}: {fault}" for r in records for fault in r.faults)
+    faults = [f"FAULT {r.subject.label}, {r.workload.name}: {fault}" for r in records for fault in r.faults]
+    gates = {f"QUALITY {r.subject.label}: {r.quality.note}": None for r in records if r.quality is not None}
+    return (*faults, *gates)
+
+
+def _mismatch_notes(records: Sequence[Record]) -> tuple[str, ...]:
+    """Why rows of one table are not like for like."""
+    if not records:
+        return ()
+    notes = [f"Not like for like: {text}." for other in records[1:] for text in mismatches(records[0], other)]
+    return tuple(dict.fromkeys(notes))
 
 
 def to_rich(grid: Grid) -> Table:
@@ -175,14 +212,25 @@ def to_rich(grid: Grid) -> Table:
 def to_markdown(grid: Grid) -> str:
     """The grid as a Markdown table with its notes below."""
     lines = [f"| {' | '.join(grid.columns)} |", f"|{'---|' * len(grid.columns)}"]
-    lines += [f"| {' | '.join(row)} |" for row in grid.rows]
+    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in grid.rows]
     lines += ["", *(f"- {note}" for note in grid.notes)]
     return "\n".join(lines) + "\n"
 
 
+def grids_of(report: Report) -> list[Grid]:
+    """Every table of a report: the matrix, the workloads of each model, details, cells that were skipped."""
+    models = dict.fromkeys(r.subject.model for r in report.records)
+    by_model = [[r for r in report.records if r.subject.model == model] for model in models]
+    found = [matrix(report.records), *(comparison(records) for records in by_model), details(report.records)]
+    if report.skipped:
+        rows = tuple((s.model, s.backend, s.quantisation, s.reason) for s in report.skipped)
+        found.append(Grid(title="Skipped", columns=("Model", "Backend", "Quantisation", "Why"), rows=rows))
+    return found
+
+
 def report_markdown(report: Report) -> str:
     """Everything a reader needs beside the JSON: tables, machine, versions, command."""
-    grids = [matrix(report.records), comparison(report.records), details(report.records)]
+    grids = grids_of(report)
     parts = [f"## {grid.title[0].upper() + grid.title[1:]}\n\n{to_markdown(grid)}" for grid in grids]
     return "\n".join(["# Benchmark\n", manifest_markdown(report.manifest), *parts])
 
@@ -196,17 +244,21 @@ def manifest_markdown(manifest: Manifest) -> str:
         f"{' '.join(manifest.chip_features)}\n"
         f"- load average before the run: {manifest.load_average}\n- platform: {manifest.platform}\n"
         f"- versions: {versions}\n- commit: {manifest.commit}\n"
-        f"- command: `{manifest.command}`\n- seed: {manifest.seed}\n"
+        + "".join(f"- power: {text}\n" for text in manifest.power_sources)
+        + f"- command: `{manifest.command}`\n- seed: {manifest.seed}\n"
     )
 
 
 def ratio_text(base: Record, record: Record) -> str:
-    """How many times better `record` is than `base`, repetition by repetition."""
-    pairs = list(zip(base.values, record.values, strict=False))
-    if not pairs:
+    """How many times better `record` is than `base`, over repetitions in which both took turns."""
+    if not base.values or len(base.values) != len(record.values):
         return "x -"
-    better = [b / r if record.workload.is_lower_better else r / b for b, r in pairs]
-    return f"x{statistics.median(better):.2f} [{min(better):.2f}, {max(better):.2f}]"
+    pair = (record.values, base.values) if record.workload.is_lower_better else (base.values, record.values)
+    ratio = ratio_interval(*pair, is_paired=True)
+    if ratio.low is None or ratio.high is None:
+        return f"x{ratio.value:.2f} (one run)"
+    shown = "" if not ratio.low <= 1 <= ratio.high else ", no difference shown"
+    return f"x{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]{shown}"
 
 
 def figure(spread: Spread | None) -> str:

@@ -6,9 +6,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mxn.bench.arrivals import ArrivalKind
+from mxn.bench.datasets import Dataset
 from mxn.errors import ConfigError, ModelError
 
 Headline = Literal["decode_tokens_per_s", "output_tokens_per_s", "prompt_tokens_per_s", "duration_s"]
@@ -147,6 +148,82 @@ def parse_workloads(text: str) -> list[Workload]:
             f"unknown workload {', '.join(unknown) or '(none given)'}; available: {', '.join((*WORKLOADS, *SETS))}"
         )
     return [WORKLOADS[n] for n in names]
+
+
+def describe_workloads(
+    *,
+    concurrency: str | None,
+    rate: str | None,
+    arrival: str,
+    burstiness: float,
+    requests: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    spread: float,
+    shared: int,
+    turns: int,
+    think_s: float,
+    dataset: Dataset | None,
+) -> list[Workload]:
+    """One workload for every concurrency (closed loop) and every rate (open loop) of a sweep.
+
+    A dataset's own lengths and times replace those described. Raises: ConfigError for what makes no sense together.
+    """
+    kinds = ("poisson", "gamma", "constant", "trace")
+    if arrival not in kinds:
+        raise ConfigError(f"--arrival {arrival!r} is unknown; available: {', '.join(kinds)}")
+    has_times = dataset is not None and all(ask.at_s is not None for ask in dataset.asks)
+    if arrival == "trace" and not has_times:
+        raise ConfigError("--arrival trace takes the times of a dataset; give one that has them with --dataset")
+    if concurrency and rate:
+        raise ConfigError("--concurrency is a closed loop and --rate an open one; give one of them")
+    shape: dict[str, Any] = {
+        "num_requests": requests,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
+        "headline": "output_tokens_per_s",
+        "shared_tokens": shared,
+        "length_spread": spread,
+        "turns": turns,
+        "think_s": think_s,
+        "burstiness": burstiness,
+    }
+    if dataset is not None:
+        prompts = [ask.prompt_tokens for ask in dataset.asks if ask.prompt_tokens]
+        outputs = [ask.output_tokens for ask in dataset.asks if ask.output_tokens]
+        shape |= {
+            "num_requests": len(dataset.asks),
+            "prompt_tokens": round(sum(prompts) / len(prompts)) if prompts else prompt_tokens,
+            "output_tokens": round(sum(outputs) / len(outputs)) if outputs else output_tokens,
+            "dataset": dataset.name,
+            "dataset_sha256": dataset.sha256,
+        }
+    what = f"{shape['num_requests']} requests of {shape['prompt_tokens']} in + {shape['output_tokens']} out"
+    if rate or arrival == "trace":
+        rates: list[float | None] = list(_numbers("--rate", rate)) if rate else [None]
+        return [
+            Workload(
+                name=f"{arrival}{f'-{one:g}' if one else ''}",
+                title=f"{what}, {arrival} arrivals{f' at {one:g} a second' if one else ' at its own times'}",
+                concurrency=0,
+                arrival=arrival,  # type: ignore[arg-type]
+                rate_per_s=one,
+                **shape,
+            )
+            for one in rates
+        ]
+    levels = [int(one) for one in _numbers("--concurrency", concurrency or "8")]
+    return [Workload(name=f"c{one}", title=f"{what}, {one} at a time", concurrency=one, **shape) for one in levels]
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError as err:
+        raise ConfigError(f"{option} {text!r}: expected numbers separated by commas") from err
+    if min(found) <= 0 or (option == "--concurrency" and any(one % 1 for one in found)):
+        raise ConfigError(f"{option} {text!r}: expected {'whole ' if option == '--concurrency' else ''}numbers above 0")
+    return found
 
 
 class PromptMaker:

@@ -1,4 +1,4 @@
-"""`mxn bench`: the serving workloads against models served here, in process, or any OpenAI-compatible servers."""
+"""`mxn bench`: models served here, in process, or any OpenAI-compatible servers under load. Also: validate, compare."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ import typer
 
 if TYPE_CHECKING:
     from mxn.bench.arms import Arm
-    from mxn.bench.records import Record
-    from mxn.bench.workloads import PromptMaker, Workload
+    from mxn.bench.records import Report
+    from mxn.bench.workloads import Workload
+
+bench = typer.Typer(invoke_without_command=True, no_args_is_help=False, rich_markup_mode=None)
 
 
-def bench(
+@bench.callback()
+def run_bench(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Model to serve and measure, or name to ask for at --url.")
     ] = None,
-    quantisation: Annotated[str, typer.Option(help="Quantisations to measure, separated by commas.")] = "auto",
-    backend: Annotated[str, typer.Option(help="Backend to measure.")] = "auto",
+    quantisation: Annotated[
+        str, typer.Option(help="Quantisations to measure, separated by commas; with --matrix, auto means all.")
+    ] = "auto",
+    backend: Annotated[str, typer.Option(help="Backend to measure; with --matrix, auto means all.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU.", min=1)] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Drive the engine in this process, without HTTP.")
@@ -34,158 +40,229 @@ def bench(
         bool, typer.Option("--own/--no-own", help="Measure an own mxn server too when --url is given.")
     ] = False,
     workloads: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Workloads or sets of them, separated by commas: quick, all, W1, W2c8, W2c32, W3, W4, W4off."
+            help="Workloads or sets of them, separated by commas: quick, all, W1, W2c8, W2c32, W3, W4, W4off. "
+            "Left out: those that the options below describe, or quick."
         ),
-    ] = "quick",
+    ] = None,
+    concurrency: Annotated[
+        str | None, typer.Option(help="Closed loop: requests at once; several, separated by commas, are a sweep.")
+    ] = None,
+    rate: Annotated[
+        str | None, typer.Option(help="Open loop: requests per second; several, separated by commas, are a sweep.")
+    ] = None,
+    arrival: Annotated[
+        str, typer.Option(help="Open loop: poisson, gamma, constant, or trace (times of the dataset).")
+    ] = "poisson",
+    burstiness: Annotated[float, typer.Option(help="Shape of gamma arrivals; below 1 they come in bursts.")] = 1.0,
+    requests: Annotated[int, typer.Option(help="Requests (conversations) of a described workload.", min=1)] = 64,
+    input_tokens: Annotated[int, typer.Option("--input", help="Prompt tokens, on average.", min=1)] = 128,
+    output_tokens: Annotated[int, typer.Option("--output", help="Output tokens, on average.", min=1)] = 64,
+    spread: Annotated[float, typer.Option(help="Lengths vary evenly by -+ this share.", min=0.0, max=1.0)] = 0.0,
+    shared: Annotated[int, typer.Option(help="Leading prompt tokens that all requests share.", min=0)] = 0,
+    turns: Annotated[int, typer.Option(help="Requests per conversation, history growing.", min=1)] = 1,
+    think_s: Annotated[float, typer.Option("--think-s", help="Seconds between turns.", min=0.0)] = 0.0,
+    dataset: Annotated[
+        Path | None, typer.Option(help="JSONL of prompts, Mooncake trace (.jsonl) or Azure LLM trace (.csv).")
+    ] = None,
+    slo: Annotated[
+        str | None, typer.Option(help="Limits for goodput in ms, as ttft=500,tpot=50,request=10000.")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Price of the chips per hour, for cost per million tokens.", min=0.0)
+    ] = None,
     repetitions: Annotated[
         int, typer.Option("--repetitions", "-r", help="Times each workload runs on each arm.", min=1)
     ] = 3,
+    idle_s: Annotated[
+        float, typer.Option("--idle-s", help="Seconds for which idle power is watched before and after.", min=0.0)
+    ] = 2.0,
+    meter: Annotated[
+        str | None, typer.Option(help="An outside meter: csv:FILE (columns time, watts) or command:COMMAND.")
+    ] = None,
+    meter_scope: Annotated[str, typer.Option(help="What it includes: device, host, node, wall or facility.")] = "wall",
+    quality: Annotated[
+        bool, typer.Option("--quality/--no-quality", help="Compare answers with the reference path (fp32 on the CPU).")
+    ] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Every model x backend x quantisation that fits on this machine.")
+    ] = False,
+    models: Annotated[
+        str | None, typer.Option(help="With --matrix: models, separated by commas. Left out: those on this disk.")
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", help="With --matrix: folder of the cells; a second run resumes there.")
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder with the tokenizer.json of the model at --url.")
     ] = None,
     label: Annotated[str, typer.Option(help="Name of the own arm in tables.")] = "mxn",
     api_key: Annotated[str | None, typer.Option(envvar="MXN_API_KEY", help="Key for the servers at --url.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of prompts and arrivals.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all records to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the tables to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with tables and charts to this file.")] = None,
 ) -> None:
-    """Measure tokens/s, latency, watts, tokens per watt.
+    """Measure tokens/s, latency, watts, tokens per watt. Also: compare, validate.
 
     What is measured takes turns within each repetition, so that all meet the same conditions. Exits 1 when a request
-    failed or yielded other than the asked number of tokens.
+    failed, yielded other than the asked number of tokens, or the answers fail the quality gate.
     """
+    if context.invoked_subcommand is not None:
+        return
     import asyncio
 
+    from mxn.bench.datasets import load_dataset
     from mxn.bench.environment import busy_warning, manifest
-    from mxn.bench.records import Report, save
-    from mxn.bench.report import comparison, details, matrix, report_markdown, to_rich
-    from mxn.bench.workloads import PromptMaker, parse_workloads
-    from mxn.cli.console import EXIT_FAILURE, err, out
+    from mxn.bench.metrics import parse_slo
+    from mxn.bench.records import Report
+    from mxn.bench.workloads import PromptMaker, describe_workloads, parse_workloads
+    from mxn.cli import bench_arms
+    from mxn.cli.console import err
     from mxn.cli.prepare import DEFAULT_MODEL
+    from mxn.energy.external import external_reader
+    from mxn.energy.reader import Scope
 
-    chosen, made = parse_workloads(workloads), manifest(seed=seed)
-    if warning := busy_warning(made.load_average, made.num_cores):
-        err().print(f"[yellow]note:[/] {warning}")
+    data = load_dataset(dataset, limit=requests) if dataset else None
+    chosen: list[Workload] = parse_workloads(workloads) if workloads else []
+    if not workloads and (concurrency or rate or data or turns > 1):
+        chosen = describe_workloads(
+            concurrency=concurrency,
+            rate=rate,
+            arrival=arrival,
+            burstiness=burstiness,
+            requests=requests,
+            prompt_tokens=input_tokens,
+            output_tokens=output_tokens,
+            spread=spread,
+            shared=shared,
+            turns=turns,
+            think_s=think_s,
+            dataset=data,
+        )
+    chosen = chosen or parse_workloads("quick")
+    limits = parse_slo(slo) if slo else None
+    if matrix:
+        from mxn.cli.bench_matrix import MatrixOptions, run_matrix
+
+        report = run_matrix(
+            MatrixOptions(
+                models=tuple(models.split(",")) if models else (),
+                backends=() if backend == "auto" else tuple(backend.split(",")),
+                quantisations=() if quantisation == "auto" else tuple(quantisation.split(",")),
+                workloads=tuple(chosen),
+                repetitions=repetitions,
+                idle_s=idle_s,
+                seed=seed,
+                is_gated=quality,
+            ),
+            out_folder,
+        )
+        finish(report, json_path=json_path, markdown=markdown, html=html)
+        return
+    reference_model = model or DEFAULT_MODEL
+    reference = bench_arms.reference_of(reference_model) if quality else None
+    readers = [external_reader(meter, scope=Scope(meter_scope))] if meter else []
     with ExitStack() as stack:
         arms: list[Arm] = []
         folder = str(tokenizer) if tokenizer else None
         if own or not url:
-            subject = model if model and not url else DEFAULT_MODEL if model is None else model
-            start = _in_process_arms if in_process else _own_arms
-            own_arms, own_folder = start(
-                stack, subject, quantisation.split(","), backend=backend, threads=threads, label=label
-            )
-            arms += own_arms
+            names = quantisation.split(",")
+            if in_process:
+                found, own_folder = bench_arms.in_process_arms(
+                    reference_model, names, backend=backend, threads=threads, label=label
+                )
+            else:
+                found, own_folder = bench_arms.own_arms(
+                    stack, reference_model, names, backend=backend, threads=threads, label=label, readers=readers
+                )
+            arms += found
             folder = folder or own_folder
-        arms += [asyncio.run(_url_arm(text, model, api_key)) for text in url or ()]
-        prompts = PromptMaker(folder or _local_folder(model or arms[0].subject.model), seed=seed)
-        records = run(arms, chosen, prompts, repetitions=repetitions)
-    report = Report(manifest=made, records=tuple(records))
-    console = out()
-    for grid in (matrix(records), comparison(records), details(records)):
-        console.print(to_rich(grid))
-    if json_path:
-        save(report, json_path)
-    if markdown:
-        markdown.parent.mkdir(parents=True, exist_ok=True)
-        markdown.write_text(report_markdown(report))
-    if any(record.faults for record in records):
+        arms += [asyncio.run(bench_arms.url_arm(text, model, api_key, readers)) for text in url or ()]
+        made = manifest(seed=seed, readers=arms[0].readers)
+        if warning := busy_warning(made.load_average, made.num_cores):
+            err().print(f"[yellow]note:[/] {warning}")
+        prompts = PromptMaker(folder or bench_arms.local_folder(model or arms[0].subject.model), seed=seed)
+        qualities = bench_arms.judge_arms(arms, reference) if reference else {}
+        records = bench_arms.run(
+            arms,
+            chosen,
+            prompts,
+            repetitions=repetitions,
+            idle_s=idle_s,
+            slo=limits,
+            dataset=data,
+            seed=seed,
+            price_per_hour=price,
+        )
+    records = bench_arms.judged(records, qualities)
+    finish(Report(manifest=made, records=tuple(records)), json_path=json_path, markdown=markdown, html=html)
+
+
+@bench.command()
+def validate(files: Annotated[list[Path], typer.Argument(help="Records written by mxn bench --json.")]) -> None:
+    """Check records against the schema that ships with mxn, and their figures against each other."""
+    from mxn.bench.records import contradictions, load
+    from mxn.cli.console import EXIT_FAILURE, err, out
+
+    is_good = True
+    for path in files:
+        report = load(path)
+        found = contradictions(report)
+        is_good = is_good and not found
+        for text in found:
+            err().print(f"[red]{path}:[/] {text}", soft_wrap=True)
+        if not found:
+            out().print(f"{path}: {len(report.records)} records, schema version {report.schema_version}, consistent")
+    if not is_good:
         raise typer.Exit(EXIT_FAILURE)
 
 
-def run(
-    arms: list[Arm], workloads: list[Workload], prompts: PromptMaker, *, repetitions: int, budget_s: float = 1e9
-) -> list[Record]:
-    """Measures with progress on the terminal, and closes the arms. `budget_s`: see `measure`."""
-    import asyncio
+@bench.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Records of the base.")],
+    second: Annotated[Path, typer.Argument(help="Records of what is compared with it.")],
+) -> None:
+    """How many times better the second report is, figure by figure, and what forbids the comparison.
 
-    from mxn.bench.runner import measure
-    from mxn.cli.progress import Phases
+    Exits 1 when nothing could be compared.
+    """
+    from mxn.bench.comparison import compare as compare_reports
+    from mxn.bench.records import load
+    from mxn.bench.report import Grid, to_rich
+    from mxn.cli.console import EXIT_FAILURE, err, out
 
-    async def measure_and_close() -> list[Record]:
-        try:
-            return await measure(arms, workloads, prompts, repetitions=repetitions, budget_s=budget_s, progress=show)
-        finally:
-            for arm in arms:
-                arm.close()
-
-    with Phases() as phases:
-
-        def show(what: str, done: int, total: int) -> None:
-            phases("measure", done / total, what)
-
-        return asyncio.run(measure_and_close())
-
-
-def _own_arms(
-    stack: ExitStack, model: str, quantisations: list[str], *, backend: str, threads: int | None, label: str
-) -> tuple[list[Arm], str]:
-    """One server process per quantisation, all up at once. Returns: arms, tokenizer folder."""
-    from mxn.bench.arms import HttpArm
-    from mxn.cli.own_server import own_server
-    from mxn.cli.power import local_readers
-
-    arms: list[Arm] = []
-    folder = ""
-    for quantisation in quantisations:
-        options = ["--backend", backend, "--quantisation", quantisation]
-        options += ["--threads", str(threads)] if threads else []
-        server = stack.enter_context(own_server(model, options))
-        name = label if len(quantisations) == 1 else f"{label} {server.quantisation}"
-        arms.append(HttpArm(server.subject(name), server.url, readers=local_readers(server.url)))
-        folder = server.folder
-    return arms, folder
+    found, warnings = compare_reports(load(first), load(second))
+    rows = tuple((c.workload, c.first, c.second, c.metric.replace("_", " "), c.words) for c in found)
+    if rows:
+        columns = ("Workload", "First", "Second", "Figure", "Second is better by")
+        grid = Grid(title="Comparison", columns=columns, rows=rows, notes=("Ratio with its 95 % interval.",))
+        out().print(to_rich(grid))
+    for warning in warnings:
+        err().print(f"[yellow]warning:[/] {warning}", soft_wrap=True)
+    if not rows:
+        raise typer.Exit(EXIT_FAILURE)
 
 
-def _in_process_arms(
-    stack: ExitStack, model: str, quantisations: list[str], *, backend: str, threads: int | None, label: str
-) -> tuple[list[Arm], str]:
-    """One engine per quantisation in this process. Returns: arms, tokenizer folder."""
-    from mxn.bench.in_process import InProcessArm
-    from mxn.cli.prepare import deployment_config, prepare
-    from mxn.cli.progress import Phases
-    from mxn.engine.tokenizer import Tokenizer
+def finish(report: Report, *, json_path: Path | None, markdown: Path | None, html: Path | None) -> None:
+    """Shows the tables, writes the files, and exits 1 when a record is no result.
 
-    arms: list[Arm] = []
-    folder = ""
-    for quantisation in quantisations:
-        with Phases() as phases:
-            config = deployment_config(model=model, backend=backend, quantisation=quantisation, threads=threads)
-            prepared = prepare(config, phases)
-            folder = prepared.spec.model.folder
-            tokenizer = Tokenizer.load(folder)
-            arm = InProcessArm.load(
-                prepared.backend,
-                prepared.chip,
-                prepared.spec.model,
-                prepared.spec.settings,
-                encode=lambda text, t=tokenizer: t.encode(text, add_special_tokens=True),  # type: ignore[misc]
-                label=label if len(quantisations) == 1 else f"{label} {quantisation}",
-                progress=phases,
-            )
-        prepared.power.close()
-        arms.append(arm)
-    return arms, folder
+    The tables are on the screen before anything is written, so a full disk loses no measurement.
+    """
+    from mxn.bench.page import page
+    from mxn.bench.records import save, write_whole
+    from mxn.bench.report import grids_of, report_markdown, to_rich
+    from mxn.cli.console import EXIT_FAILURE, err, out
 
-
-async def _url_arm(text: str, model: str | None, api_key: str | None) -> Arm:
-    """An arm for `[LABEL=]URL`."""
-    from mxn.bench.arms import HttpArm, describe
-    from mxn.cli.power import local_readers
-
-    label, separator, url = text.partition("=")
-    if not separator or "://" in label:
-        label, url = text, text
-    subject = await describe(url, label, model=model, api_key=api_key)
-    return HttpArm(subject, url, readers=local_readers(url), api_key=api_key)
-
-
-def _local_folder(model: str) -> str:
-    """Folder of a model that is on this disk, for its tokenizer."""
-    from mxn.cli.progress import Phases
-    from mxn.store.fetch import fetch
-
-    with Phases() as phases:
-        return fetch(model, progress=phases).folder
+    for grid in grids_of(report):
+        out().print(to_rich(grid))
+    if json_path:
+        save(report, json_path)
+    if markdown:
+        write_whole(markdown, report_markdown(report).encode())
+    if html:
+        write_whole(html, page([report]).encode())
+        err().print(f"[dim]page: {html}[/]")
+    if any(not record.is_result for record in report.records):
+        raise typer.Exit(EXIT_FAILURE)

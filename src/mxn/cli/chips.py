@@ -33,6 +33,7 @@ def chips(json_output: Annotated[bool, typer.Option("--json", help="Print JSON."
             ("memory", size_text(chip.memory_bytes)),
             ("features", " ".join(chip.features) or "none"),
             ("power", f"{seen.power.name} ({seen.power.kind}): {seen.power.detail}"),
+            ("power limit", f"{seen.power.power_limit_w:g} W" if seen.power.power_limit_w else "unknown"),
             *(("note", note) for note in seen.notes),
         ]
         print_pairs(console, facts)

@@ -12,6 +12,9 @@ import typer
 BUDGET_S = 30.0
 """Seconds for measuring after which no further repetition begins."""
 
+IDLE_S = 1.0
+"""Seconds for which idle power is watched before and after."""
+
 QUESTION = "What is the capital of France, and what is it known for? Answer in two sentences."
 
 
@@ -23,19 +26,24 @@ def demo(
         int, typer.Option("--repetitions", "-r", help="Times each workload runs; fewer on a slow machine.", min=1)
     ] = 3,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write all records to this file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Where to write the page; left out, demo.html in MXN_DATA_DIR.")
+    ] = None,
 ) -> None:
     """Serve a small model, let it answer, measure it."""
     from mxn.bench.arms import Arm, HttpArm
     from mxn.bench.environment import manifest
-    from mxn.bench.records import Report, save
+    from mxn.bench.page import page
+    from mxn.bench.records import Report, save, write_whole
     from mxn.bench.report import matrix, to_rich
     from mxn.bench.workloads import PromptMaker, parse_workloads
-    from mxn.cli.bench import run
+    from mxn.cli.bench_arms import run
     from mxn.cli.console import EXIT_FAILURE, err, out
     from mxn.cli.converse import Turn, converse, http_client
     from mxn.cli.own_server import own_server
     from mxn.cli.power import local_readers
     from mxn.cli.prepare import DEFAULT_MODEL
+    from mxn.config.environment import data_dir
 
     started_s = time.monotonic()
     console, notes = out(), err()
@@ -62,10 +70,17 @@ def demo(
                         console.print(piece, end="", markup=False, soft_wrap=True)
                 console.print(f"\n[dim]{turn.stats_text()}[/]\n")
         prompts = PromptMaker(folder, seed=0)
-        records = run(arms, parse_workloads("quick"), prompts, repetitions=repetitions, budget_s=BUDGET_S)
+        made = manifest(seed=0, readers=arms[0].readers)
+        records = run(
+            arms, parse_workloads("quick"), prompts, repetitions=repetitions, budget_s=BUDGET_S, idle_s=IDLE_S
+        )
         console.print(to_rich(matrix(records)))
+    report = Report(manifest=made, records=tuple(records))
     if json_path:
-        save(Report(manifest=manifest(seed=0), records=tuple(records)), json_path)
+        save(report, json_path)
+    html = html or data_dir() / "demo.html"
+    write_whole(html, page([report]).encode())
+    console.print(f"The same with charts: {html}", soft_wrap=True)
     notes.print(f"[dim]{time.monotonic() - started_s:.0f} s in all. Next: mxn serve, mxn chat, mxn bench --help[/]")
     if any(record.faults for record in records):
         raise typer.Exit(EXIT_FAILURE)
