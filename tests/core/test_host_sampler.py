@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mxn.core.host_sampler import prompt_logprobs, sample
 from mxn.core.batch import SequenceStep
+from mxn.core.host_sampler import prompt_logprobs, sample
 from mxn.core.request import SamplingParams
 
 HISTORY = [3, 7, 7, 1, 9, 9, 9]

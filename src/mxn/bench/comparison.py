@@ -58,12 +58,13 @@ def compare(first: Report, second: Report) -> tuple[list[Comparison], list[str]]
         is_same_chip = first.manifest.chip == second.manifest.chip
         for metric in (*COMPARED, "tokens_per_watt"):
             better = _better(a, b, metric, is_same_chip=is_same_chip)
-            if better is not None or metric in ("output_tokens_per_s", "tokens_per_watt"):
+            if better is not None or metric == "tokens_per_watt":
                 found.append(
                     Comparison(workload=a.workload.name, first=_name(a), second=_name(b), metric=metric, better=better)
                 )
     if not found and not warnings:
-        warnings.append("the two reports have no workload in common")
+        names = [", ".join(dict.fromkeys(r.workload.name for r in report.records)) for report in (first, second)]
+        warnings.append(f"the two reports have no workload in common: {names[0]}, and {names[1]}")
     return found, list(dict.fromkeys([*machine_differences(first.manifest, second.manifest), *warnings]))
 
 
@@ -137,6 +138,8 @@ def _values(record: Record, metric: str) -> list[float]:
     if metric == "tokens_per_watt":
         found = [run.tokens_per_watt for run in record.runs]
         return [value for value in found if value] if all(found) else []
+    if not record.runs:  # version 1 kept the headline only
+        return list(record.values) if metric == record.workload.headline else []
     return [run.figures[metric] for run in record.runs if run.figures.get(metric, 0.0) > 0]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from mxn.bench.records import Manifest, Record, Report, Skipped
+from mxn.bench.records import ALL, Manifest, Record, Report, Skipped
 from mxn.bench.report import Cell, Grid, cells, comparison, details, figure, matrix, number_text
 from mxn.bench.svg import Series, chart
 from mxn.core.quantity import Provenance, Quantity
@@ -37,10 +37,11 @@ def page(reports: Sequence[Report], *, title: str = "Tokens per watt") -> str:
         f'<p class="lead">{escape("; ".join(chips))}. Measured {escape(_dates(reports))}.</p>',
         _tiles(records, skipped),
         "<h2>Models × backends</h2>",
-        _matrix(records, skipped),
+        _matrix(records, [skip for skip in skipped if ALL not in (skip.model, skip.backend)]),
+        *_skipped_list([skip for skip in skipped if ALL in (skip.model, skip.backend)]),
         *_notes(matrix(records).notes),
         "<h2>Frontiers</h2>",
-        '<p class="note">One line per subject and request length; points are loads. Hover for figures.</p>',
+        '<p class="note">A point is a load; a line joins loads of equal requests. Hover for figures.</p>',
         '<div class="charts">',
         _frontier(records, "tpot_ms", "Throughput against latency", "time per output token, ms (median)"),
         _frontier(records, "tokens_per_watt", "Throughput against efficiency", "output tokens per joule"),
@@ -115,6 +116,15 @@ def _matrix(records: Sequence[Record], skipped: Sequence[Skipped]) -> str:
     return f'<div class="scroll"><table class="matrix"><tr><th></th>{head}</tr>{"".join(rows)}</table></div>'
 
 
+def _skipped_list(skipped: Sequence[Skipped]) -> list[str]:
+    """What was left out before there were cells: backends that are absent, models that are not here."""
+    if not skipped:
+        return []
+    names = [s.model if s.backend == ALL else s.backend for s in skipped]
+    items = [f"<li>{escape(name)}: {escape(s.reason)}</li>" for name, s in zip(names, skipped, strict=True)]
+    return [f'<div class="note">Left out:<ul>{"".join(items)}</ul></div>']
+
+
 def _cell(cell: Cell, best: float) -> str:
     main = cell.main
     if not main.is_result:
@@ -148,24 +158,37 @@ def _efficiency(cell: Cell) -> float:
 
 def _frontier(records: Sequence[Record], metric: str, title: str, y_title: str) -> str:
     good = [r for r in records if r.is_result and "output_tokens_per_s" in r.metrics]
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for record in good:
-        workload = record.workload
-        lengths = f"{workload.prompt_tokens}+{workload.output_tokens}"
-        groups.setdefault((record.subject.model, _column(record), lengths), []).append(record)
-    has_models = len({model for model, _, _ in groups}) > 1
+    subjects = dict.fromkeys((r.subject.model, _column(r)) for r in good)
+    has_models = len({model for model, _ in subjects}) > 1
     series = []
-    for (model, column, lengths), own in groups.items():
-        points = []
-        for record in sorted(own, key=lambda r: r.metrics["output_tokens_per_s"].median):
-            y = _figure_of(record, metric)
-            speed = record.metrics["output_tokens_per_s"].median
-            text = f"{record.workload.title}: {number_text(speed)} tok/s, {number_text(y) if y is not None else '-'}"
-            points.append((speed, y, text))
+    for model, column in subjects:
+        own = [r for r in good if (r.subject.model, _column(r)) == (model, column)]
+        points: list[tuple[float, float | None, str]] = []
+        for lengths in dict.fromkeys(map(_lengths, own)):  # a line joins loads of the same requests only
+            alike = [r for r in own if _lengths(r) == lengths]
+            points += [_point(r, metric) for r in sorted(alike, key=_speed)]
+            points.append((0.0, None, ""))
         if any(y is not None for _, y, _ in points):
-            name = f"{column}, {lengths}"
-            series.append(Series(name=f"{model}, {name}" if has_models else name, points=tuple(points)))
+            series.append(Series(name=f"{model}, {column}" if has_models else column, points=tuple(points)))
     return f"<div><h3>{escape(title)}</h3>{chart(series, x_title='output tokens/s', y_title=y_title)}</div>"
+
+
+def _point(record: Record, metric: str) -> tuple[float, float | None, str]:
+    if metric == "tokens_per_watt":
+        y = record.tokens_per_watt.value
+    else:
+        spread = record.metrics.get(metric)
+        y = None if spread is None else spread.median
+    shown = "-" if y is None else number_text(y)
+    return _speed(record), y, f"{record.workload.title}: {number_text(_speed(record))} tok/s, {shown}"
+
+
+def _speed(record: Record) -> float:
+    return record.metrics["output_tokens_per_s"].median
+
+
+def _lengths(record: Record) -> tuple[int, int, str]:
+    return record.workload.prompt_tokens, record.workload.output_tokens, record.workload.dataset
 
 
 def _power(records: Sequence[Record]) -> str:
@@ -182,14 +205,7 @@ def _power(records: Sequence[Record]) -> str:
     ]
     left_out = len(drawn) - len(series)
     note = f'<p class="note">The {MAX_POWER_LINES} longest of {len(drawn)} runs.</p>' if left_out else ""
-    return f'<div class="wide">{chart(series, x_title="seconds", y_title="watts")}{note}</div>'
-
-
-def _figure_of(record: Record, metric: str) -> float | None:
-    if metric == "tokens_per_watt":
-        return record.tokens_per_watt.value
-    spread = record.metrics.get(metric)
-    return None if spread is None else spread.median
+    return f'<div class="wide">{chart(series, x_title="seconds", y_title="watts", width=1100)}{note}</div>'
 
 
 # ---------------------------------------------------------------- tables and text

@@ -121,7 +121,7 @@ class Record:
     faults: tuple[str, ...] = ()
     joules_per_output_token: float | None = None
     joules_per_token: float | None = None
-    scope: str = "none"
+    scope: str = "unknown"
     sources: tuple[SourceEnergy, ...] = ()
     steady: dict[str, Spread] = field(default_factory=dict)
     steady_tokens_per_watt: Quantity | None = None
@@ -152,6 +152,10 @@ class Record:
     def headline(self) -> Spread | None:
         """The figure the workload is run for; None when nothing succeeded."""
         return self.metrics.get(self.workload.headline)
+
+
+ALL = "all"
+"""Stands for a part of a skipped cell that was not looked at any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

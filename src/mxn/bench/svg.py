@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 640, 340
+HEIGHT = 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 18, 14, 48
 NUM_COLOURS = 8
 
@@ -21,30 +21,30 @@ class Series:
     has_dots: bool = True
 
 
-def chart(series: Sequence[Series], *, x_title: str, y_title: str, is_from_zero: bool = True) -> str:
-    """A chart with grid, axes and legend; a sentence instead where there is nothing to draw."""
+def chart(series: Sequence[Series], *, x_title: str, y_title: str, width: int = 640) -> str:
+    """A chart with grid, axes from 0 and legend; a sentence instead where there is nothing to draw."""
     xs = [x for one in series for x, y, _ in one.points if y is not None]
     ys = [y for one in series for _, y, _ in one.points if y is not None]
     if not xs:
         return '<p class="none">Nothing to draw: no record has both figures.</p>'
-    x_ticks, y_ticks = _ticks(0.0 if is_from_zero else min(xs), max(xs)), _ticks(0.0, max(ys))
+    x_ticks, y_ticks = _ticks(max(xs)), _ticks(max(ys))
 
     def place(x: float, y: float) -> tuple[float, float]:
         share_x = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         share_y = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return _LEFT + share_x * (WIDTH - _LEFT - _RIGHT), HEIGHT - _BOTTOM - share_y * (HEIGHT - _TOP - _BOTTOM)
+        return _LEFT + share_x * (width - _LEFT - _RIGHT), HEIGHT - _BOTTOM - share_y * (HEIGHT - _TOP - _BOTTOM)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_title)} over {escape(x_title)}">']
+    parts = [f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{escape(y_title)} over {escape(x_title)}">']
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
         parts.append(f'<line class="grid" x1="{x:.1f}" y1="{_TOP}" x2="{x:.1f}" y2="{HEIGHT - _BOTTOM}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 17}">{_label(tick)}</text>')
     for tick in y_ticks:
         _, y = place(x_ticks[0], tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{WIDTH - _RIGHT}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{width - _RIGHT}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick right" x="{_LEFT - 8}" y="{y + 4:.1f}">{_label(tick)}</text>')
     parts.append(
-        f'<text class="axis" x="{(_LEFT + WIDTH - _RIGHT) / 2:.0f}" y="{HEIGHT - 10}">{escape(x_title)}</text>'
+        f'<text class="axis" x="{(_LEFT + width - _RIGHT) / 2:.0f}" y="{HEIGHT - 10}">{escape(x_title)}</text>'
         f'<text class="axis" transform="translate(15 {(HEIGHT - _BOTTOM + _TOP) / 2:.0f}) rotate(-90)">'
         f"{escape(y_title)}</text>"
     )
@@ -77,14 +77,12 @@ def _line(one: Series, colour: int, place: Callable[[float, float], tuple[float,
     return parts
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to seven round values that cover a range."""
-    span = max(high - low, 1e-9)
-    raw = span / 5
+def _ticks(high: float) -> list[float]:
+    """Round values from 0 that reach `high`, four to seven of them."""
+    raw = max(high, 1e-9) / 5
     power = 10 ** math.floor(math.log10(raw))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [step * i for i in range(first, max(last, first + 1) + 1)]
+    return [step * i for i in range(max(math.ceil(high / step - 1e-9), 1) + 1)]
 
 
 def _label(value: float) -> str:

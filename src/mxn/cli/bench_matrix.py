@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from mxn.core.chip import Chip
     from mxn.core.model import Model
 
-ALL = "all"
-"""Stands for a part of a cell that was skipped before it was known."""
-
 _REFERENCE = ("cpu", "fp32")
 
 
@@ -98,7 +95,7 @@ def run_matrix(options: MatrixOptions, folder: Path | None) -> Report:
 def plan_cells(options: MatrixOptions) -> tuple[list[_Cell], list[Skipped]]:
     """The cells that can run here, each model's reference first, and why the others cannot."""
     from mxn.backends.registry import installed_backends, load_backend
-    from mxn.bench.records import Skipped
+    from mxn.bench.records import ALL, Skipped
     from mxn.errors import MxnError
 
     cells: list[_Cell] = []
@@ -130,7 +127,7 @@ def plan_cells(options: MatrixOptions) -> tuple[list[_Cell], list[Skipped]]:
 
 def _models(names: tuple[str, ...]) -> tuple[list[tuple[str, Model]], list[Skipped]]:
     """Models by the names given, fetched when needed; without names, those that are on this disk."""
-    from mxn.bench.records import Skipped
+    from mxn.bench.records import ALL, Skipped
     from mxn.cli.prepare import DEFAULT_MODEL
     from mxn.cli.progress import Phases
     from mxn.config.model_card import load_model_cards
@@ -164,7 +161,7 @@ def _cells_of(
     name: str, model: Model, backend_name: str, backend: Backend, chip: Chip, wanted: tuple[str, ...]
 ) -> tuple[list[_Cell], list[Skipped]]:
     """One model on one backend: a cell for every quantisation that it supports and that fits the chip's memory."""
-    from mxn.bench.records import Skipped
+    from mxn.bench.records import ALL, Skipped
     from mxn.core.model import LoadSettings
 
     support = backend.supports(model.spec, chip)
