@@ -40,7 +40,7 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
     backend: Annotated[str | None, typer.Option(help="Backend; auto takes the best one that is active.")] = None,
-    quantisation: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16, int8 or int4.")] = None,
+    quantisation: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16, fp8, int8 or int4.")] = None,
     context: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.", min=1)] = None,
     kv_gib: Annotated[float | None, typer.Option(help="Memory for the KV cache.", min=0.001)] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU.", min=1)] = None,
@@ -54,6 +54,9 @@ def serve(
         ),
     ] = None,
     attention: Annotated[str | None, typer.Option(help="Attention backend, or auto.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the backend, such as gguf=model.gguf; may be repeated.")
+    ] = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON when ready, instead of text.")
     ] = False,
@@ -63,6 +66,7 @@ def serve(
 
     Ends on Ctrl-C or SIGTERM, and lets running requests finish; a second signal ends at once.
     """
+    from mxn.cli.prepare import backend_options
     from mxn.errors import ConfigError
 
     flags = {
@@ -77,9 +81,12 @@ def serve(
         "max_queue": max_queue,
         "prefix_cache": prefix_cache,
         "attention": attention,
+        "options": backend_options(option),
     }
     given = [
-        f"--{flag.removesuffix('_length').replace('_', '-')}" for flag, value in flags.items() if value is not None
+        f"--{flag.removesuffix('_length').replace('options', 'option').replace('_', '-')}"
+        for flag, value in flags.items()
+        if value is not None
     ]
     file = _read(model, flags)
     if given and _is_file(model):
@@ -218,14 +225,14 @@ def _lines(info: ReplicaInfo, one: Prepared) -> list[tuple[str, str]]:
 
     chip = one.chip
     threads = f", {info.threads} threads" if info.threads else ""
-    context = f"{info.max_context:,} tokens; KV cache {size_text(info.kv_bytes)} = {info.num_blocks:,} blocks"
+    blocks = f" = {info.num_blocks:,} blocks of {info.block_size} tokens" if info.num_blocks else ""
     seconds = "".join(f", {phase} {s:.1f}" for phase, s in info.load_s.items())
     return [
         ("backend", f"{info.backend} on {chip.uid} ({chip.name}, {chip.cores} cores{threads}): {one.why}"),
         ("attention", info.attention),
         ("quantisation", f"{info.quantisation}, weights {size_text(info.weight_bytes)}"),
         ("program", info.program),
-        ("context", f"{context} of {info.block_size} tokens"),
+        ("context", f"{info.max_context:,} tokens; KV cache {size_text(info.kv_bytes)}{blocks}"),
         ("power", f"{one.power.name} ({one.power.kind}): {one.power.detail}"),
         ("loaded in", f"{sum(info.load_s.values()):.1f} s{seconds}"),
         *(("note", note) for note in info.notes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-QuantisationName = Literal["auto", "fp32", "bf16", "fp16", "int8", "int4"]
+QuantisationName = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

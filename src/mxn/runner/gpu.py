@@ -27,10 +27,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "graphs": ("background", "wait", "off"),
     "prefill": ("auto", "triton", "flash-attention-3"),
     "kv": ("auto", "fp8"),
+    "fuse": ("auto", "off"),
     "splits": ("auto", "1", "2", "4", "8", "16", "32"),
 }
 """graphs: capture decode while serving, before it, or never. prefill: who computes it. kv: the cache's numbers, auto
-for the model's own. splits: a fixed number makes a sequence's result independent of the batch, bit for bit."""
+for the model's own. fuse: norms and gates as one kernel each. splits: of a decoding sequence's context; a fixed number
+makes its result independent of the batch, bit for bit."""
 
 _GIB = 2**30
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -124,12 +126,25 @@ def load_gpu_runner(
             **parts,
         )
 
+    def prepare(loaded: PreTrainedModel) -> Sequence[str]:
+        notes: list[str] = []
+        if choices.quantisation in ("fp8", "int4"):
+            from mxn.runner.weight_only import quantise_weights
+
+            notes += quantise_weights(loaded, choices.quantisation)
+        if choices.is_triton and choices.options["fuse"] == "auto":
+            from mxn.runner.fused import fuse
+
+            notes += fuse(loaded)
+        return notes
+
     plan = LoadPlan(
         device=str(accelerator.device),
         dtype=choices.dtype,
         quantisation=choices.quantisation,
         make_attention=choices.attention,
         block_bytes=choices.block_bytes,
+        quantise=prepare,
         free_bytes=lambda: memory.kv_bytes(accelerator.free_bytes()),
         takes_rest=True,
         profile=profile,

@@ -99,6 +99,7 @@ def test_greedy_tokens_are_those_of_transformers(graphs: str, tiny: tuple[Any, M
     assert (runner.num_replayed > 0) == (graphs == "wait")
     assert runner.attention_name == "triton"
     assert any(note.startswith("memory in GiB") for note in runner.notes)
+    assert any(note.startswith("one kernel each: ") for note in runner.notes)
     assert found == [expected_of(reference, prompt) for prompt in PROMPTS]
     runner.close()
 
