@@ -181,7 +181,7 @@ def test_missing_kernels_are_said_and_survived(saved: Model, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quantisation": "int4"}, '"int4" is not offered by the cpu backend; available: auto, int8, bf16, fp32'),
+        ({"quantisation": "fp16"}, '"fp16" is not offered by the cpu backend; available: auto, int8, int4, bf16, fp32'),
         ({"attention": "flash"}, 'attention "flash" is not offered'),
         ({"threads": 0}, "threads must be at least 1"),
         ({"options": (("speed", "11"),)}, 'no option "speed"; available: '),

@@ -9,7 +9,7 @@ from torch import nn
 
 from mxn.attention.paged import prepare_cpu_kernels
 from mxn.errors import KernelUnavailableError, ModelError
-from mxn.runner.quantise import Int8Linear, KernelRMSNorm, quantise_int8
+from mxn.runner.quantise import KernelRMSNorm, PackedLinear, quantise_int8
 
 pytestmark = pytest.mark.torch
 
@@ -68,7 +68,7 @@ def test_tied_head_gets_its_own_copy_and_the_embedding_stays() -> None:
     model = tiny("llama", tie_word_embeddings=True)
     table = model.get_input_embeddings().weight.detach().clone()
     quantise_int8(model, threads=1)
-    assert isinstance(model.lm_head, Int8Linear)
+    assert isinstance(model.lm_head, PackedLinear)
     assert torch.equal(model.get_input_embeddings().weight, table)
 
 
@@ -109,7 +109,7 @@ def test_layer_that_eight_bits_would_spoil_is_kept() -> None:
         model[0].weight[:, 7] = 100.0  # the step becomes 100 / 127: nearly as large as the other 4,095 weights
     report = quantise_int8(model, threads=1)
     assert isinstance(model[0], nn.Linear)
-    assert isinstance(model[1], Int8Linear)
+    assert isinstance(model[1], PackedLinear)
     ((name, reason),) = report.kept
     assert name == "0"
     assert reason.startswith("8 bits would be off by")

@@ -16,7 +16,7 @@ from mxn.core.quantity import Provenance, Quantity
 from mxn.energy.reader import PowerReader
 
 _NEEDED = ("torch", "transformers", "safetensors")
-_QUANTISATIONS = ("int8", "fp32", "bf16")
+_QUANTISATIONS = ("int8", "fp32", "bf16", "int4")
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0}
 _LIBRARY_BYTES = 450e6  # resident size of torch and transformers after loading one model class
 _AUTO_KV_SHARE = 0.5
@@ -123,8 +123,9 @@ def _estimate_weights(model: ModelSpec, quantisation: str) -> Quantity:
         source = f"parameters x {_BYTES_PER_WEIGHT[quantisation]:g} bytes"
     else:  # the embedding table stays float32 beside the int8 output head
         table = model.vocab_size * model.hidden_size
-        size = model.num_parameters + 4.0 * table
-        source = "1 byte per parameter, and a float32 embedding table; while loading, 4 bytes per parameter"
+        per_weight, name = (0.625, "5 bits") if quantisation == "int4" else (1.0, "1 byte")
+        size = per_weight * (model.num_parameters - table) + 5.0 * table
+        source = f"{name} per parameter, and a float32 embedding table; while loading, 4 bytes per parameter"
     return Quantity(value=size, unit="B", provenance=Provenance.ESTIMATED, source=source, relative_error=0.2)
 
 

@@ -11,14 +11,19 @@ from transformers import PreTrainedModel
 from mxn.attention.base import AttentionBackend
 from mxn.attention.reference import ReferenceAttention
 from mxn.core.model import LoadSettings, Model, ModelSpec
-from mxn.errors import ConfigError, KernelUnavailableError, OutOfMemoryError
+from mxn.errors import ConfigError, KernelUnavailableError, OutOfMemoryError, UnsupportedModelError
 from mxn.runner.attention_check import disagreement
 from mxn.runner.forward import ForwardProgram, ModuleForward
 from mxn.runner.loading import LoadProgress, check_weight_files, count_weights
 from mxn.runner.torch_runner import LoadPlan, TorchRunner, load_runner
 from mxn.runner.tuning import Memory, choose, fastest, thread_counts
 
-QUANTISATIONS = ("auto", "int8", "bf16", "fp32")
+QUANTISATIONS = ("auto", "int8", "int4", "bf16", "fp32")
+_PACKED = ("int8", "int4")
+
+MAX_INT4_CHANGE = 0.02
+"""How much the mean negative log-likelihood of the sample may grow by 4-bit weights."""
+
 ATTENTIONS = ("auto", "cpu-cpp", "reference")
 OPTIONS = {"program": ("auto", "modules", "step"), "tune": ("auto", "off", "again")}
 """program: how a step is computed: as one C++ program, by transformers' modules, or as the faster of the two.
@@ -111,7 +116,7 @@ class _Choice:
 def _plan(
     model: Model, settings: LoadSettings, threads: int, free_bytes: Callable[[], int], choice: _Choice
 ) -> LoadPlan:
-    wants_kernels = settings.quantisation == "int8" or settings.attention == "cpu-cpp"
+    wants_kernels = settings.quantisation in _PACKED or settings.attention == "cpu-cpp"
     missing = None
     if wants_kernels or settings.quantisation == "auto":
         missing = _kernels_missing(model.spec, threads)
@@ -120,19 +125,19 @@ def _plan(
     quantisation, note = _numbers(model.spec, settings, missing, choice)
     attention = settings.attention
     if attention == "auto":
-        attention = "cpu-cpp" if quantisation == "int8" else "reference"
+        attention = "cpu-cpp" if quantisation in _PACKED else "reference"
     if attention == "cpu-cpp" and settings.block_size % 16:
         raise ConfigError(f"attention cpu-cpp needs a block_size that is a multiple of 16, got {settings.block_size}")
-    choice.has_kernels = (quantisation, attention) == ("int8", "cpu-cpp")
+    choice.has_kernels = quantisation in _PACKED and attention == "cpu-cpp"
     if choice.wanted == "step" and not choice.has_kernels:
         raise ConfigError(
-            f'program "step" needs quantisation int8 and attention cpu-cpp, got {quantisation} and {attention}'
+            f'program "step" needs quantisation int8 or int4 and attention cpu-cpp, got {quantisation} and {attention}'
         )
 
     notes = [note]
     dtype: torch.dtype | None = torch.bfloat16 if quantisation == "bf16" else torch.float32
     kv_dtype = dtype
-    if quantisation == "int8" and not _fits(model, torch.float32, free_bytes()):
+    if quantisation in _PACKED and not _fits(model, torch.float32, free_bytes()):
         dtype = None
         notes.append("weights read in the files' own precision before quantising, to save memory")
     make_attention: Callable[..., AttentionBackend]
@@ -147,13 +152,17 @@ def _plan(
         make_attention = partial(ReferenceAttention, dtype=kv_dtype)
         block_bytes = partial(ReferenceAttention.bytes_per_block, dtype=kv_dtype)
         notes.append(f"attention reference: plain torch over a {str(kv_dtype).removeprefix('torch.')} KV cache")
+    quantise = {
+        "int8": partial(_quantise_int8, threads=threads),
+        "int4": partial(_quantise_int4, name=model.name, folder=model.folder, threads=threads),
+    }
     return LoadPlan(
         device="cpu",
         dtype=dtype,
         quantisation=quantisation,
         make_attention=make_attention,
         block_bytes=block_bytes,
-        quantise=partial(_quantise, threads=threads) if quantisation == "int8" else None,
+        quantise=quantise.get(quantisation),
         make_forward=choice,
         free_bytes=lambda: int(free_bytes() * _KV_SHARE),
         threads=threads,
@@ -200,10 +209,31 @@ def _use_threads(threads: int, model: torch.nn.Module, *others: object) -> None:
     use_threads(threads, model, *others)
 
 
-def _quantise(model: torch.nn.Module, *, threads: int) -> Sequence[str]:
+def _quantise_int8(model: PreTrainedModel, *, threads: int) -> Sequence[str]:
     from mxn.runner.quantise import quantise_int8
 
     return quantise_int8(model, threads=threads).lines()
+
+
+def _quantise_int4(model: PreTrainedModel, *, name: str, folder: str, threads: int) -> Sequence[str]:
+    """4 bits, only where they cost the model little. Raises: UnsupportedModelError with what they cost."""
+    from mxn.runner.gguf_blocks import GgufBlocks
+    from mxn.runner.likelihood import mean_nll, sample_ids
+    from mxn.runner.quantise import quantise_int4
+
+    ids = sample_ids(folder)
+    before = mean_nll(model, ids)
+    blocks = GgufBlocks.beside(folder, model.config.to_dict())
+    lines = quantise_int4(model, threads=threads, blocks=blocks).lines()
+    after = mean_nll(model, ids)
+    change = after / before - 1
+    found = f"mean negative log-likelihood of {len(ids)} tokens of text is {before:.4f} in fp32, {after:.4f} in int4"
+    if not change <= MAX_INT4_CHANGE:
+        raise UnsupportedModelError(
+            f"{name} is not offered in int4: its {found} ({change:+.1%}, at most {MAX_INT4_CHANGE:+.0%} is served); "
+            "available: int8, fp32, bf16"
+        )
+    return [*lines, f"{found} ({change:+.1%})"]
 
 
 def _check_settings(settings: LoadSettings) -> None:

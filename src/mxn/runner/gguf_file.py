@@ -57,7 +57,7 @@ class GgufFile:
 
     def read(self, tensor: GgufTensor) -> np.ndarray:
         """A tensor as float32 in torch's order of dimensions."""
-        raw = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
+        raw = self.raw(tensor)
         if tensor.kind is GGMLQuantizationType.F32:
             return raw.view(np.float32).reshape(tensor.shape)
         if tensor.kind is GGMLQuantizationType.F16:
@@ -68,6 +68,10 @@ class GgufFile:
             raise ModelError(
                 f"{self.path}: {tensor.name} is stored as {tensor.kind.name}, which mxn cannot read"
             ) from error
+
+    def raw(self, tensor: GgufTensor) -> np.ndarray:
+        """A tensor's bytes as they stand in the file."""
+        return np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
 
     def _read_header(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
         magic = self._data[:4]

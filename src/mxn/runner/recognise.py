@@ -23,7 +23,7 @@ from mxn.attention.base import AttentionBackend, AttentionMetadata
 from mxn.attention.paged import PagedCpuAttention
 from mxn.runner.forward import ModuleForward
 from mxn.runner.inputs import StepInputs
-from mxn.runner.quantise import Int8Linear, KernelRMSNorm
+from mxn.runner.quantise import KernelRMSNorm, PackedLinear
 
 NORM_ROLES = {
     ("input_layernorm", "post_attention_layernorm"): ("before_attention", "before_mlp"),
@@ -297,8 +297,8 @@ def _refuse_rest(parts: dict[str, nn.Module], where: str) -> None:
 
 
 def _weight(module: nn.Module | None, name: str) -> Int8Weight:
-    if not isinstance(module, Int8Linear):
-        raise NotRecognised(f"{name} is {type(module).__name__}, not 8-bit")
+    if not isinstance(module, PackedLinear):
+        raise NotRecognised(f"{name} is {type(module).__name__}, not packed")
     return module.packed
 
 
