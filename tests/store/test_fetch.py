@@ -37,6 +37,7 @@ def gguf(tmp_path: Path) -> Path:
 def test_a_gguf_file_is_converted_once(gguf: Path, converter: list[str], tmp_path: Path) -> None:
     first = fetch(str(gguf), cache=tmp_path / "cache", converter=converter)
     assert fetch(str(gguf), cache=tmp_path / "cache", converter=["false"]) == first
+    assert (Path(first.folder) / gguf.name).read_bytes() == gguf.read_bytes(), "the original is kept beside it"
     gguf.write_bytes(b"GGUF" + bytes(1001))
     with pytest.raises(ModelError, match="could not be converted"):
         fetch(str(gguf), cache=tmp_path / "cache", converter=["false"])

@@ -18,6 +18,7 @@ _BUILT_IN = {
     "cuda": "mxn.backends.cuda:CudaBackend",
     "fake": "mxn.backends.fake:FakeBackend",
     "rocm": "mxn.backends.rocm:RocmBackend",
+    "llama.cpp": "mxn.backends.llama_cpp:LlamaCppBackend",
     "server": "mxn.backends.server:ServerBackend",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
@@ -17,7 +17,10 @@ from mxn.errors import BackendError, ConfigError
 from mxn.fleet.deployment import DeploymentSpec
 
 PREFERENCE = ("cuda", "rocm", "onnx", "cpu")
-"""Backends that "auto" tries first, in this order; others follow by name. The fake one is never chosen by itself."""
+"""Backends that "auto" tries first, in this order; others follow by name."""
+
+BY_NAME_ONLY = ("fake", "server")
+"""Backends that nothing chooses by itself: one makes tokens up, the other needs to be told what to start."""
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -76,6 +79,17 @@ def deployment_config(**flags: object) -> DeploymentConfig:
         raise ConfigError("\n".join(dict.fromkeys(faults))) from error
 
 
+def backend_options(given: Sequence[str] | None) -> dict[str, str] | None:
+    """Options for a backend from NAME=VALUE texts; None when there are none. Raises: ConfigError."""
+    options = {}
+    for text in given or ():
+        name, separator, value = text.partition("=")
+        if not name or not separator:
+            raise ConfigError(f"--option: expected NAME=VALUE, got {text!r}")
+        options[name] = value
+    return options or None
+
+
 def choose(name: str, model: ModelSpec) -> tuple[Backend, Chip, str]:
     """The backend of that name, or for "auto" the first active one that runs the model, with its first chip that can.
 
@@ -84,7 +98,7 @@ def choose(name: str, model: ModelSpec) -> tuple[Backend, Chip, str]:
     if name != "auto":
         names = [name]
     else:
-        known = [n for n in installed_backends() if n != "fake"]
+        known = [n for n in installed_backends() if n not in BY_NAME_ONLY]
         names = sorted(known, key=lambda n: (PREFERENCE.index(n) if n in PREFERENCE else len(PREFERENCE), n))
     refusals: list[str] = []
     for candidate in names:

@@ -16,6 +16,7 @@ from mxn.core.model import LoadSettings, QuantisationName
 GIB = 1 << 30
 
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+OptionName = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9._-]{0,63}$")]
 Seconds = Annotated[float, Field(ge=0, le=86_400)]
 
 
@@ -64,6 +65,8 @@ class DeploymentConfig(Checked):
     """Name of an attention backend."""
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Requests that may wait; the server's when left out."""
+    options: Annotated[dict[OptionName, str | int | float | bool], Field(default_factory=dict)]
+    """Settings that only the chosen backend knows, by name."""
     stall_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Seconds without a step, with work at hand, after which a replica is not ready any more."""
 
@@ -83,7 +86,12 @@ class DeploymentConfig(Checked):
             prefix_cache=self.prefix_cache,
             threads=self.threads,
             attention=self.attention,
+            options=tuple((name, _option_text(value)) for name, value in self.options.items()),
         )
+
+
+def _option_text(value: str | int | float | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 class DeploymentsFile(Checked):

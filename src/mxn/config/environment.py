@@ -9,6 +9,8 @@
 | MXN_OFFLINE      | 1: never touch the network (HF_HUB_OFFLINE is read too)  | 0 |
 | MXN_HUB_ENDPOINT | base address of the model hub (HF_ENDPOINT is read too)  | https://huggingface.co |
 | HF_TOKEN         | token for gated models on the hub                        | none |
+| MXN_LLAMA_SERVER | llama.cpp's `llama-server`                               | found on PATH |
+| MXN_VLLM_PYTHON  | interpreter of the environment that vLLM is installed in | `vllm` on PATH |
 | MXN_LOG_LEVEL    | debug, info, warning or error                            | info |
 | CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES | chips that drivers show, by number or UUID | all |
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mxn.store.resolve import resolve
 from mxn.store.spec import spec_from_config
 
 DTYPE = "bf16"
-LAYOUT = 1  # counts up when what a cached folder holds changes; older copies are then fetched again
+LAYOUT = 2  # counts up when what a cached folder holds changes; older copies are then fetched again
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +164,7 @@ class _Job:
         ggufs = sorted(folder.glob("**/*.gguf")) if folder.is_dir() else [folder]
         if ggufs:
             folder = self._convert(ggufs[0], staging / "converted")
+            _keep(ggufs[0], folder / ggufs[0].name)
         config = check_folder(folder, allow_remote_code=self.card.ignores_remote_code)
         _spec(folder, config)
         manifest = Manifest(name=self.card.name, source=self.card.source, origin=origin)
@@ -202,6 +204,14 @@ class _Job:
             shutil.rmtree(out, ignore_errors=True)
             raise
         return out
+
+
+def _keep(gguf: Path, target: Path) -> None:
+    """Puts the GGUF file beside what it was converted to, for backends that compute with its blocks as they are."""
+    try:
+        os.link(gguf, target)
+    except OSError:  # another disk
+        shutil.copyfile(gguf, target)
 
 
 def _hash_with_progress(folder: Path, progress: Progress) -> Callable[[Path], str]:
