@@ -114,11 +114,12 @@ def source_of(launch: Launch) -> ASTSource:
         if isinstance(value, torch.Tensor):
             kind = f"*{_TYPES[value.dtype]}"
             is_aligned = value.storage_offset() * value.itemsize % 16 == 0
+            is_aligned = is_aligned and not parameter.do_not_specialize_on_alignment
         elif not parameter.is_constexpr and isinstance(value, float):
             kind, is_aligned = "fp32", False
-        elif not parameter.is_constexpr and isinstance(value, int) and value != 1:
+        elif not parameter.is_constexpr and isinstance(value, int) and (value != 1 or parameter.do_not_specialize):
             kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-            is_aligned = value % 16 == 0
+            is_aligned = value % 16 == 0 and not parameter.do_not_specialize
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(position,)] = value

@@ -40,7 +40,7 @@ def merge(partial_out: torch.Tensor, partial_lse: torch.Tensor, out: torch.Tenso
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts", "stride_mp"])  # these follow the batch
 def _merge_kernel(
     out_ptr,
     lse_ptr,

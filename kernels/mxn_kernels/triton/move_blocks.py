@@ -39,7 +39,7 @@ def move_blocks(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["source_ids_ptr", "destination_ids_ptr"])  # these follow the batch
 def _move_blocks_kernel(
     source_ptr,
     destination_ptr,

@@ -119,7 +119,10 @@ def launch_splits(
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["stride_lp", "stride_table"],
+    do_not_specialize_on_alignment=["table_ptr", "context_ptr", "first_ptr"],
+)  # these follow the batch
 def _paged_decode_kernel(
     out_ptr,  # [P, S, heads, V]
     lse_ptr,  # [P, S, heads]

@@ -77,7 +77,10 @@ def num_query_blocks(num_tokens: int, num_seqs: int, block_q: int) -> int:
     return num_tokens // block_q + num_seqs if num_tokens else 0
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_seqs", "stride_table"],
+    do_not_specialize_on_alignment=["table_ptr", "starts_ptr", "context_ptr"],
+)  # these follow the batch
 def _ragged_prefill_kernel(
     out_ptr,  # [T, heads, V]
     lse_ptr,  # [T, heads]

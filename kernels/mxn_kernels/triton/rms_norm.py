@@ -48,7 +48,7 @@ def rms_norm(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # these follow the batch
 def _rms_norm_kernel(
     x_ptr,  # [rows, width], as residual; out and total are contiguous
     residual_ptr,

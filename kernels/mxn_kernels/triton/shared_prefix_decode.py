@@ -111,7 +111,10 @@ def _launch_prefix(query, cache, block_table, prefix, partial_out, partial_lse, 
     )
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_groups", "stride_lp", "stride_table"],
+    do_not_specialize_on_alignment=["table_ptr", "members_ptr", "starts_ptr", "prefix_ptr"],
+)  # these follow the batch
 def _prefix_kernel(
     out_ptr,  # [P, S, heads, V] fp32
     lse_ptr,  # [P, S, heads] fp32

@@ -39,7 +39,7 @@ def write_kv(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["slots_ptr"])  # these follow the batch
 def _write_kv_kernel(
     key_ptr,  # [T, heads, K]
     value_ptr,  # [T, heads, V]
