@@ -13,9 +13,11 @@ import pytest
 from mxn.backends import cpu, host
 from mxn.backends.cpu import CpuBackend
 from mxn.backends.registry import load_backend
+from mxn.core.batch import SequenceStep, StepBatch
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.core.quantity import Provenance
+from mxn.core.request import SamplingParams
 from mxn.errors import ConfigError, KernelUnavailableError
 
 SPEC = ModelSpec(
@@ -178,12 +180,45 @@ def test_missing_kernels_are_said_and_survived(saved: Model, monkeypatch: pytest
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("quantisation", ["int8", "fp32"])
+@pytest.mark.parametrize("length", [1, 128])
+def test_context_of_one_token_and_of_full_length(saved: Model, kernels: None, quantisation: str, length: int) -> None:
+    executor, _ = load(saved, quantisation=quantisation, context_length=length, max_num_seqs=2)
+    assert executor.info.max_context == length
+    executor.warm_up()
+    step = SequenceStep(
+        seq_id=0,
+        token_ids=[7] * length,
+        start=0,
+        block_ids=range(-(-length // 16)),
+        is_sampled=True,
+        sampling=SamplingParams(temperature=0.0),
+        seed=0,
+        num_prompt_tokens=length,
+        num_output_tokens=0,
+    )
+    result = executor.execute(StepBatch(step_id=0, sequences=(step,)))
+    assert len(result.tokens) == 1
+    assert not result.failed
+
+
+@pytest.mark.torch
+def test_int8_cache_takes_about_half_of_the_memory(saved: Model, kernels: None) -> None:
+    half, _ = load(saved, quantisation="int8")
+    small, _ = load(saved, quantisation="int8", options=(("kv", "int8"),))
+    assert small.kv.num_blocks > 1.5 * half.kv.num_blocks
+    assert any("int8 KV cache" in note for note in small.info.notes)
+
+
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"quantisation": "fp16"}, '"fp16" is not offered by the cpu backend; available: auto, int8, int4, bf16, fp32'),
         ({"attention": "flash"}, 'attention "flash" is not offered'),
         ({"threads": 0}, "threads must be at least 1"),
+        ({"quantisation": "fp32", "options": (("kv", "int8"),)}, 'kv "int8" needs attention cpu-cpp, got reference'),
+        ({"options": (("tune", "never"),)}, 'tune "never" is not offered; available: auto, off, again'),
         ({"options": (("speed", "11"),)}, 'no option "speed"; available: '),
         ({"attention": "cpu-cpp", "block_size": 8}, "multiple of 16, got 8"),
     ],

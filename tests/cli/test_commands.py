@@ -87,6 +87,22 @@ def test_unknown_backend_names_those_that_are_installed(mxn: Mxn, model_folder: 
     assert "fake" in ran.err
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--quantisation", "fp16"), "cpu-0 does not offer quantisation fp16; available: auto, int8, fp32, bf16, int4"),
+        (("--context", "1000000"), "cannot hold a context of 1,000,000 tokens; the model's limit is"),
+    ],
+)
+def test_what_the_backend_cannot_meet_is_said_before_a_replica_starts(
+    mxn: Mxn, model_folder: str, args: tuple[str, ...], message: str
+) -> None:
+    done = mxn("serve", model_folder, "--backend", "cpu", "--port", "0", *args)
+    assert done.code == 1
+    assert message in " ".join(done.err.split())
+
+
 def test_bad_yaml_lists_every_fault_with_its_line(mxn: Mxn, tmp_path: Path) -> None:
     path = tmp_path / "mxn.yaml"
     path.write_text("server: {port: eighty}\ndeployments:\n  - model: x\n    kv_gb: 3\n    threads: 0\n")

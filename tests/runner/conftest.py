@@ -51,6 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
     "granite": {"attention_multiplier": 0.2, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "gpt2": {"n_inner": 96},

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.torch
 
 FAMILIES = [
     *["llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_oss"],
-    *["olmoe", "granite", "smollm3", "gpt2", "opt", "deepseek_v3"],
+    *["olmo2", "olmoe", "granite", "smollm3", "gpt2", "opt", "deepseek_v3"],
 ]
 NUM_NEW = 8
 
@@ -61,6 +61,51 @@ def test_greedy_tokens_and_logprobs_equal_generate(
         reference = model(input_ids=torch.tensor([four[3]])).logits[0].float().log_softmax(-1)
     chosen = reference[:-1].gather(1, torch.tensor(four[3][1:])[:, None])[:, 0]
     assert torch.allclose(chosen, prompt_logprobs(runner, four[3]), atol=2e-4)
+
+
+SHAPES = {
+    "heads of 64": ("llama", {"head_dim": 64}),
+    "heads of 80": ("mistral", {"head_dim": 80}),
+    "heads of 128": ("qwen3", {"head_dim": 128}),
+    "heads of 256": ("gemma3_text", {"head_dim": 256, "query_pre_attn_scalar": 256}),
+    "a quarter rotated": (
+        "phi3",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
+    ),
+    "scaled rotation": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "capped scores": ("gemma2", {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "biases": ("qwen2", {"attention_bias": True}),
+}
+
+
+@pytest.mark.parametrize("attention", ["reference", "cpu-cpp"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp32_greedy_tokens_equal_generate_for_every_shape_of_head(
+    shape: str, attention: str, make_model: Callable[..., Any], decode: Callable[..., list[list[int]]], kernels: None
+) -> None:
+    from mxn.core.model import LoadSettings
+    from mxn.runner.cpu import load_cpu_runner
+
+    family, changes = SHAPES[shape]
+    model, saved = make_model(family, **changes)
+    settings = LoadSettings(quantisation="fp32", attention=attention, kv_bytes=2**23, max_num_seqs=8)
+    runner = load_cpu_runner(saved, settings, cores=1, free_bytes=lambda: 2**32, progress=lambda phase, fraction: None)
+    assert (runner.quantisation, runner.attention_name) == ("fp32", attention)
+    four = prompts(model.config.vocab_size)
+    expected = [generate(model, prompt, NUM_NEW) for prompt in four]
+    assert decode(runner, four, NUM_NEW, budget=11) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

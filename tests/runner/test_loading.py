@@ -97,6 +97,17 @@ def test_missing_tensor_is_named(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weight_that_is_not_finite_is_named(folder: Path, value: float) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds NaN or infinity"):
+        load(folder)
+
+
 def test_wrong_shape_is_refused(folder: Path) -> None:
     change_config(folder, intermediate_size=32)
     with pytest.raises(ModelError):

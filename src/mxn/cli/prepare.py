@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from mxn.backends.base import Backend
+from mxn.backends.base import Backend, Support
 from mxn.backends.registry import installed_backends, load_backend
 from mxn.config.deployments import DeploymentConfig
 from mxn.core.chip import Chip
-from mxn.core.model import ModelSpec
+from mxn.core.model import LoadSettings, ModelSpec
 from mxn.energy.reader import PowerReader
 from mxn.errors import BackendError, ConfigError
 from mxn.fleet.deployment import DeploymentSpec
@@ -44,14 +44,15 @@ def prepare(config: DeploymentConfig, progress: Callable[[str, float, str], None
     from mxn.store.fetch import fetch
 
     model = fetch(config.model, progress=files_progress(progress))
-    backend, chip, why = choose(config.backend, model.spec)
+    settings = config.load_settings()
+    backend, chip, why = choose(config.backend, model.spec, settings)
     name = config.name or model.name
     spec = DeploymentSpec(
         name=name,
         model=replace(model, name=name),
         backend=backend.name,
         chips=[chip],
-        settings=config.load_settings(),
+        settings=settings,
         max_queue=config.max_queue or max_queue,
         stall_s=config.stall_s,
     )
@@ -90,8 +91,8 @@ def backend_options(given: Sequence[str] | None) -> dict[str, str] | None:
     return options or None
 
 
-def choose(name: str, model: ModelSpec) -> tuple[Backend, Chip, str]:
-    """The backend of that name, or for "auto" the first active one that runs the model, with its first chip that can.
+def choose(name: str, model: ModelSpec, settings: LoadSettings) -> tuple[Backend, Chip, str]:
+    """The backend of that name, or for "auto" the first active one that runs the model so, with its first such chip.
 
     Raises: BackendError with the reason of every refusal.
     """
@@ -118,8 +119,23 @@ def choose(name: str, model: ModelSpec) -> tuple[Backend, Chip, str]:
             if support.verdict == "no":
                 refusals.append(f"{candidate} on {chip.uid} cannot run it: {'; '.join(support.reasons)}")
                 continue
+            unmet = _unmet(support, settings)
+            if unmet is not None:
+                refusals.append(f"{candidate} on {chip.uid} {unmet}")
+                continue
             why = "as asked" if name != "auto" else "first active backend that runs the model"
             if support.verdict == "degraded":
                 why += f"; degraded: {'; '.join(support.reasons)}"
             return backend, chip, why + "".join(f"; {refusal}" for refusal in refusals)
     raise BackendError(f"no backend can run this {model.architecture} model:\n" + "\n".join(f"- {r}" for r in refusals))
+
+
+def _unmet(support: Support, settings: LoadSettings) -> str | None:
+    """Which setting the backend cannot meet with this model, found before a replica is started for it."""
+    offered = support.quantisations
+    if offered and settings.quantisation not in ("auto", *offered):
+        return f"does not offer quantisation {settings.quantisation}; available: {', '.join(('auto', *offered))}"
+    wanted, limit = settings.context_length, support.max_context
+    if wanted is not None and limit is not None and wanted > limit:
+        return f"cannot hold a context of {wanted:,} tokens; the model's limit is {limit:,}"
+    return None

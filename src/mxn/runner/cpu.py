@@ -25,8 +25,10 @@ MAX_INT4_CHANGE = 0.02
 """How much the mean negative log-likelihood of the sample may grow by 4-bit weights."""
 
 ATTENTIONS = ("auto", "cpu-cpp", "reference")
-OPTIONS = {"program": ("auto", "modules", "step"), "tune": ("auto", "off", "again")}
-"""program: how a step is computed: as one C++ program, by transformers' modules, or as the faster of the two.
+OPTIONS = {"kv": ("fp16", "int8"), "program": ("auto", "modules", "step"), "tune": ("auto", "off", "again")}
+"""kv: numbers of the KV cache of attention cpu-cpp.
+
+program: how a step is computed: as one C++ program, by transformers' modules, or as the faster of the two.
 
 tune: whether what is "auto" is measured, or remembered from an earlier start; not at all; or measured again.
 """
@@ -73,6 +75,7 @@ class _Choice:
     def __init__(self, settings: LoadSettings, threads: int, memory: Memory) -> None:
         options = dict(settings.options)
         self.wanted, self.is_off = options.get("program", "auto"), options.get("tune") == "off"
+        self.kv_dtype = options.get("kv", "fp16")
         self.threads, self.memory = threads, memory
         self._candidates = [threads] if settings.threads or self.is_off else thread_counts(threads)
         self._source = "as set" if settings.threads else "all cores" if self.is_off else ""
@@ -134,6 +137,9 @@ def _plan(
             f'program "step" needs quantisation int8 or int4 and attention cpu-cpp, got {quantisation} and {attention}'
         )
 
+    if attention != "cpu-cpp" and choice.kv_dtype != "fp16":
+        raise ConfigError(f'kv "{choice.kv_dtype}" needs attention cpu-cpp, got {attention}')
+
     notes = [note]
     dtype: torch.dtype | None = torch.bfloat16 if quantisation == "bf16" else torch.float32
     kv_dtype = dtype
@@ -145,9 +151,9 @@ def _plan(
     if attention == "cpu-cpp":
         from mxn.attention.paged import PagedCpuAttention
 
-        make_attention = partial(PagedCpuAttention, threads=threads)
-        block_bytes = PagedCpuAttention.bytes_per_block
-        notes.append("attention cpu-cpp: C++ over a float16 KV cache")
+        make_attention = partial(PagedCpuAttention, threads=threads, kv_dtype=choice.kv_dtype)
+        block_bytes = partial(PagedCpuAttention.bytes_per_block, kv_dtype=choice.kv_dtype)
+        notes.append(f"attention cpu-cpp: C++ over an {choice.kv_dtype} KV cache")
     else:
         make_attention = partial(ReferenceAttention, dtype=kv_dtype)
         block_bytes = partial(ReferenceAttention.bytes_per_block, dtype=kv_dtype)

@@ -61,7 +61,7 @@ def load_model(
     """The model in evaluation mode with mxn's attention function. The config is copied: transformers writes to it.
 
     Args: dtype: None for that of the files.
-    Raises: ModelError that names a missing, truncated or incomplete file.
+    Raises: ModelError that names a missing, truncated or incomplete file, or a weight that holds NaN or infinity.
     """
     files = check_weight_files(folder)
     register()
@@ -80,6 +80,7 @@ def load_model(
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder}: transformers could not load the weights: {error}") from error
     _check_report(folder, files, report)
+    _check_finite(folder, model)
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -147,6 +148,13 @@ def _check_report(folder: str, files: list[Path], report: dict[str, Any]) -> Non
         )
     if mismatched:
         raise ModelError(f"{folder}: weights have other shapes than the config says: {next(iter(mismatched))}")
+
+
+def _check_finite(folder: str, model: PreTrainedModel) -> None:
+    """A sum tells of any NaN or infinity in one reading; only one that overflowed needs a second."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.detach().sum()) and not torch.isfinite(weight).all():
+            raise ModelError(f"{folder}: {name} holds NaN or infinity; the weights are damaged: fetch the model again")
 
 
 @contextmanager
