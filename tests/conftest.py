@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -96,6 +96,29 @@ def fake_deployment(fake_model: Model) -> Callable[..., DeploymentSpec]:
         )
 
     return make
+
+
+@pytest.fixture
+def install_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], Path]:
+    """Installs backends of other vendors where Python searches: a distribution "acme-chips", from sources by name.
+
+    Each name gets a module `acme_NAME` and an entry point for its class `Acme`; "NAME" in a source is replaced by it.
+    """
+
+    def install(sources: Mapping[str, str]) -> Path:
+        info = tmp_path / "acme_chips-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-chips\nVersion: 1.0\n")
+        lines = ["[mxn.backends]"]
+        for name, source in sources.items():
+            (tmp_path / f"acme_{name}.py").write_text(source.replace("NAME", name) + "\n")
+            lines.append(f"{name} = acme_{name}:Acme")
+        (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # for the processes that are started
+        return tmp_path
+
+    return install
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
 import pytest
 
 from mxn.backends.registry import installed_backends, load_backend
 from mxn.errors import BackendError
-
-from .conftest import InstallPlugins
 
 PLUGINS = {
     "raises": "raise ImportError('libacme.so is missing')",
@@ -15,12 +16,13 @@ PLUGINS = {
     "old": "from mxn.backends.fake import FakeBackend\nclass Acme(FakeBackend):\n    api_version = 0",
     "partial": "from mxn.backends.base import Backend\nclass Acme(Backend):\n    name = 'partial'",
     "good": "from mxn.backends.fake import FakeBackend\nclass Acme(FakeBackend):\n    name = 'good'",
+    "misnamed": "from mxn.backends.fake import FakeBackend\nclass Acme(FakeBackend):\n    name = 'other'",
     "cpu": "from mxn.backends.fake import FakeBackend\nclass Acme(FakeBackend):\n    name = 'cpu'",
 }
 
 
 @pytest.fixture(autouse=True)
-def plugins(install_plugins: InstallPlugins) -> None:
+def plugins(install_plugins: Callable[[Mapping[str, str]], Path]) -> None:
     install_plugins(PLUGINS)
 
 
@@ -40,6 +42,7 @@ def test_a_plugin_is_loaded_by_name() -> None:
         ("raises", "libacme.so is missing"),
         ("alien", "expected a subclass"),
         ("old", "speaks adapter version 0; this mxn speaks 1; upgrade the backend's package"),
+        ("misnamed", 'is registered as "misnamed" and calls itself "other"'),
         ("partial", "probe, chips, capabilities, supports, estimate, power are missing"),
         ("nowhere", "not installed; available: alien, cpu, "),
     ],

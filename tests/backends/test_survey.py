@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from mxn.backends.base import Probe
 from mxn.backends.survey import PowerSource, Survey, SurveyedChip, physical_chips, survey
 
-from .conftest import InstallPlugins
-
-FAKE = "from mxn.backends.fake import *\nfrom mxn.backends.base import *\nclass Acme(FakeBackend):\n    name = 'acme'\n"
+FAKE = "from mxn.backends.fake import *\nfrom mxn.backends.base import *\nclass Acme(FakeBackend):\n    name = 'NAME'\n"
 PLUGINS = {
     "good": FAKE,
     "raises": "raise ImportError('libacme.so is missing')",
@@ -28,7 +28,9 @@ PLUGINS = {
 }
 
 
-def test_each_broken_plugin_is_named_and_the_others_still_answer(install_plugins: InstallPlugins) -> None:
+def test_each_broken_plugin_is_named_and_the_others_still_answer(
+    install_plugins: Callable[[Mapping[str, str]], Path],
+) -> None:
     install_plugins(PLUGINS)
     start_s = time.monotonic()
     found = survey(["cpu", *PLUGINS], time_limit_s=4.0)

@@ -124,7 +124,9 @@ class Subject:
         """A shared replica, started when there is none alive."""
         key = (model or self.runnable[0], settings or self.precise)
         name = (key[0].name, key[1])
-        if name not in self._kept or self._kept[name].ended.is_set():
+        if name in self._kept and self._kept[name].ended.is_set():
+            await self._kept.pop(name).kill()
+        if name not in self._kept:
             self._kept[name] = await self._start(*key)
         return self._kept[name]
 
