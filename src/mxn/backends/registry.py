@@ -17,6 +17,7 @@ _BUILT_IN = {
     "cpu": "mxn.backends.cpu:CpuBackend",
     "cuda": "mxn.backends.cuda:CudaBackend",
     "fake": "mxn.backends.fake:FakeBackend",
+    "onnx": "mxn.backends.onnx:OnnxBackend",
     "rocm": "mxn.backends.rocm:RocmBackend",
     "llama.cpp": "mxn.backends.llama_cpp:LlamaCppBackend",
     "server": "mxn.backends.server:ServerBackend",
@@ -63,6 +64,4 @@ def load_backend(name: str) -> Backend:
         ) from error
     if not isinstance(backend, Backend):
         raise BackendError(f'backend "{name}" is a {type(backend).__name__}, expected a subclass of mxn Backend')
-    if backend.name != name:
-        raise BackendError(f'{class_name} is registered as "{name}" and calls itself "{backend.name}"; use one name')
     return backend

@@ -1,0 +1,184 @@
+"""How a model is loaded into ONNX Runtime: graph, provider, slots and threads, each choice with a note."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnxruntime as ort
+
+from mxn.core.model import LoadSettings, Model
+from mxn.errors import ConfigError, OutOfMemoryError
+from mxn.runner.onnx.graph import DecoderGraph, read_graph
+from mxn.runner.onnx.runner import DecodeProgram, OnnxRunner, slot_bytes
+from mxn.runner.onnx.session import PROVIDERS, check_provider, open_session
+from mxn.store.graphs import GraphOptions, exported_graph
+
+QUANTISATIONS = ("auto", "int4", "int8", "fp32")
+_TARGETS = {"cuda": "cuda", "tensorrt": "cuda", "directml": "dml"}
+_BLOCK_SIZES = ("16", "32", "64", "128", "256")
+_KV_SHARE = 0.5
+"""Of the free memory for an "auto" KV cache, as for the cpu backend."""
+_SPARE = 1.2
+"""Room that a session needs beyond its graph's weights: they are packed again for the processor."""
+_GIB = 2**30
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRunner:
+    """A runner and what was chosen for it."""
+
+    runner: OnnxRunner
+    quantisation: str
+    provider: str
+    threads: int
+    weight_bytes: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxOptions:
+    """Options of a deployment on the onnx backend.
+
+    provider: one of `PROVIDERS`. fallback: "allow" lets nodes that the provider does not take run on the CPU.
+    prefill: the precision of a second graph for prompts, over the same slots, or "same".
+    block_size: weights that share a scale in int4 and int8.
+    provider_options: what else the provider is told, as `provider.KEY` options.
+    """
+
+    provider: str = "cpu"
+    fallback: str = "refuse"
+    prefill: str = "same"
+    block_size: str = "32"
+    provider_options: dict[str, str]
+
+    @classmethod
+    def parse(cls, options: tuple[tuple[str, str], ...]) -> OnnxOptions:
+        """Raises: ConfigError naming what is not known, and what is."""
+        values = dict(options)
+        own = {key.removeprefix("provider."): values.pop(key) for key in list(values) if key.startswith("provider.")}
+        offered = {
+            "provider": tuple(PROVIDERS),
+            "fallback": ("refuse", "allow"),
+            "prefill": ("same", "int4", "int8", "fp32"),
+            "block_size": _BLOCK_SIZES,
+        }
+        for name, value in values.items():
+            if name not in offered:
+                raise ConfigError(f'the onnx backend has no option "{name}"; available: {", ".join(offered)}')
+            if value not in offered[name]:
+                raise ConfigError(f'{name} "{value}" is not offered; available: {", ".join(offered[name])}')
+        return cls(**values, provider_options=own)
+
+
+def load_onnx_runner(
+    model: Model, settings: LoadSettings, *, cores: int, free_bytes: Callable[[], int], progress: Progress
+) -> LoadedRunner:
+    """Exports what is not there yet, checks the graphs, opens sessions and makes the slots.
+
+    Args: cores: what "auto" threads means. free_bytes: memory that may still be taken.
+    """
+    options = OnnxOptions.parse(settings.options)
+    if settings.quantisation not in QUANTISATIONS:
+        raise ConfigError(
+            f'quantisation "{settings.quantisation}" is not offered by the onnx backend; '
+            f"available: {', '.join(QUANTISATIONS)}"
+        )
+    check_provider(options.provider)
+    quantisation = "int4" if settings.quantisation == "auto" else settings.quantisation
+    threads = settings.threads or cores
+    max_context = _max_context(model, settings)
+    prefill_precision = quantisation if options.prefill == "same" else options.prefill
+
+    notes = [
+        f"numbers {quantisation}, {'chosen as the fastest' if settings.quantisation == 'auto' else 'as set'}",
+        f"ONNX Runtime {ort.__version__}, {threads} compute threads",
+    ]
+    decode = _open(model, quantisation, options, threads, free_bytes, progress, notes)
+    prefill = decode
+    if prefill_precision != quantisation:
+        prefill = _open(model, prefill_precision, options, threads, free_bytes, progress, notes)
+        _check_same_slots(decode.graph, prefill.graph)
+        notes.append(f"prompts run on the {prefill_precision} graph, decoding on the {quantisation} graph")
+    progress("kv-cache", 0.0)
+    num_slots = _num_slots(decode.graph, max_context, settings, free_bytes(), notes)
+    runner = OnnxRunner(decode, prefill, num_slots=num_slots, max_tokens=max_context)
+    progress("kv-cache", 1.0)
+    if options.provider != "cpu":
+        notes.append("KV slots lie in host memory: a provider that computes elsewhere copies them at every step")
+    graphs = {id(program): program.graph for program in (decode, prefill)}
+    return LoadedRunner(
+        runner=runner,
+        quantisation=quantisation if prefill is decode else f"{quantisation}, prompts {prefill_precision}",
+        provider=options.provider,
+        threads=threads,
+        weight_bytes=sum(graph.weight_bytes for graph in graphs.values()),
+        notes=tuple(notes),
+    )
+
+
+def _open(
+    model: Model,
+    precision: str,
+    options: OnnxOptions,
+    threads: int,
+    free_bytes: Callable[[], int],
+    progress: Progress,
+    notes: list[str],
+) -> DecodeProgram:
+    wanted = GraphOptions(
+        precision=precision,
+        block_size=int(options.block_size) if precision.startswith("int") else 32,
+        target=_TARGETS.get(options.provider, "cpu"),
+    )
+    exported = exported_graph(model, wanted, progress=progress)
+    progress(f"session {precision}", 0.0)
+    graph = read_graph(exported.path, key_dim=model.spec.key_dim, value_dim=model.spec.value_dim)
+    needed, free = int(graph.weight_bytes * _SPARE), free_bytes()
+    if needed > free:
+        raise OutOfMemoryError(
+            f"{model.name} needs {needed / _GIB:.2f} GiB for its {precision} graph, {free / _GIB:.2f} GiB is free"
+        )
+    session, where = open_session(
+        graph,
+        provider=options.provider,
+        threads=threads,
+        allow_fallback=options.fallback == "allow",
+        options=options.provider_options,
+    )
+    progress(f"session {precision}", 1.0)
+    notes += [f"{precision} graph by {', '.join(exported.facts)}", where]
+    return DecodeProgram(session=session, graph=graph, name=precision)
+
+
+def _max_context(model: Model, settings: LoadSettings) -> int:
+    limit = model.spec.max_context
+    if settings.context_length is not None and settings.context_length > limit:
+        raise ConfigError(f"context_length {settings.context_length} is over the {limit} tokens {model.name} can hold")
+    return settings.context_length or limit
+
+
+def _num_slots(graph: DecoderGraph, max_context: int, settings: LoadSettings, free: int, notes: list[str]) -> int:
+    """Slots of the whole context, as many as the KV budget holds and sequences may run."""
+    each = slot_bytes(graph, max_context)
+    wanted = settings.auto_kv_tokens(max_context) * each // max_context
+    budget = settings.kv_bytes if settings.kv_bytes is not None else min(int(_KV_SHARE * free), wanted)
+    source = "auto" if settings.kv_bytes is None else "set"
+    if budget < each:
+        raise OutOfMemoryError(
+            f"a KV budget of {budget / _GIB:.2f} GiB ({source}) is less than one slot of {max_context} tokens "
+            f"({each / _GIB:.2f} GiB): give kv_bytes more, or a smaller context_length"
+        )
+    num_slots = min(budget // each, settings.max_num_seqs)
+    notes.append(
+        f"KV cache {num_slots * each / _GIB:.2f} GiB ({source}): {num_slots} slots of {max_context} tokens; so many "
+        "sequences run at once, and a smaller context_length makes room for more"
+    )
+    return num_slots
+
+
+def _check_same_slots(decode: DecoderGraph, prefill: DecoderGraph) -> None:
+    if decode.caches != prefill.caches:
+        raise ConfigError("the graphs for prompts and for decoding lay out their KV differently and cannot share slots")
