@@ -175,6 +175,58 @@ def attend_tile(
 
 
 @triton.jit
+def attend_range(
+    query,
+    acc,
+    maximum,
+    total,
+    start,
+    end,
+    positions,
+    table_ptr,
+    keys_ptr,
+    values_ptr,
+    key_scale_ptr,
+    value_scale_ptr,
+    scale,
+    softcap,
+    stride_kb,
+    stride_kt,
+    stride_vb,
+    stride_vt,
+    stride_sb,
+    stride_st,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SCALE_MODE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Takes in the tokens from start to end, all of which every row sees: whole tiles unmasked, then what is left."""
+    columns = tl.arange(0, BLOCK_N)
+    whole_end = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
+    for token in tl.range(start, whole_end, BLOCK_N):
+        acc, maximum, total = attend_tile(
+            query, acc, maximum, total, token + columns, positions, end,
+            table_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, scale, softcap,
+            stride_kb, stride_kt, stride_vb, stride_vt, stride_sb, stride_st,
+            BLOCK_SIZE, DK, DV, BLOCK_DK, BLOCK_DV, SCALE_MODE, HAS_SOFTCAP, 0, False, False, INTERPRET,
+        )  # fmt: skip
+    if whole_end < end:
+        acc, maximum, total = attend_tile(
+            query, acc, maximum, total, whole_end + columns, positions, end,
+            table_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, scale, softcap,
+            stride_kb, stride_kt, stride_vb, stride_vt, stride_sb, stride_st,
+            BLOCK_SIZE, DK, DV, BLOCK_DK, BLOCK_DV, SCALE_MODE, HAS_SOFTCAP, 0, True, False, INTERPRET,
+        )  # fmt: skip
+    return acc, maximum, total
+
+
+@triton.jit
 def finish_rows(acc, maximum, total, value_scale_ptr, SCALE_MODE: tl.constexpr):
     """Attention and its natural log-sum-exp; zeros and -inf for rows that have seen nothing."""
     divisor = tl.where(total > 0.0, total, 1.0)

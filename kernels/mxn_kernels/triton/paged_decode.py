@@ -12,7 +12,7 @@ import triton.language as tl
 from mxn_kernels.kv_cache import KVCache
 from mxn_kernels.splits import decode_splits
 from mxn_kernels.target import Target
-from mxn_kernels.triton.attend import attend_tile, cache_arguments, finish_rows, score_scale, start_rows
+from mxn_kernels.triton.attend import attend_range, cache_arguments, finish_rows, score_scale, start_rows
 from mxn_kernels.triton.launch import INTERPRET, launch
 from mxn_kernels.triton.merge import merge
 from mxn_kernels.tuning import tile_for
@@ -211,22 +211,12 @@ def _paged_decode_kernel(
 
     maximum, total = start_rows(sinks_ptr, heads, row_mask, split, BLOCK_M, HAS_SINKS)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    columns = tl.arange(0, BLOCK_N)
-    whole_end = start + tl.maximum(end - start, 0) // BLOCK_N * BLOCK_N
-    for token in tl.range(start, whole_end, BLOCK_N):
-        acc, maximum, total = attend_tile(
-            query, acc, maximum, total, token + columns, rows, end,
-            table_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, scale, softcap,
-            stride_kb, stride_kt, stride_vb, stride_vt, stride_sb, stride_st,
-            BLOCK_SIZE, DK, DV, BLOCK_DK, BLOCK_DV, SCALE_MODE, HAS_SOFTCAP, 0, False, False, INTERPRET,
-        )  # fmt: skip
-    if whole_end < end:
-        acc, maximum, total = attend_tile(
-            query, acc, maximum, total, whole_end + columns, rows, end,
-            table_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, scale, softcap,
-            stride_kb, stride_kt, stride_vb, stride_vt, stride_sb, stride_st,
-            BLOCK_SIZE, DK, DV, BLOCK_DK, BLOCK_DV, SCALE_MODE, HAS_SOFTCAP, 0, True, False, INTERPRET,
-        )  # fmt: skip
+    acc, maximum, total = attend_range(
+        query, acc, maximum, total, start, end, rows,
+        table_ptr, keys_ptr, values_ptr, key_scale_ptr, value_scale_ptr, scale, softcap,
+        stride_kb, stride_kt, stride_vb, stride_vt, stride_sb, stride_st,
+        BLOCK_N, BLOCK_SIZE, DK, DV, BLOCK_DK, BLOCK_DV, SCALE_MODE, HAS_SOFTCAP, INTERPRET,
+    )  # fmt: skip
 
     out, lse = finish_rows(acc, maximum, total, value_scale_ptr, SCALE_MODE)
     value_dims = tl.arange(0, BLOCK_DV)
