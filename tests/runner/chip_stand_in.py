@@ -48,3 +48,5 @@ class HostAccelerator:
 
     def wait(self) -> None:
         self.num_waits += 1
+
+    def release(self) -> None: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -281,7 +282,10 @@ def test_a_closed_runner_says_so(make_model: Any, load_on_chip: Any) -> None:
     _, model = make_model("llama")
     runner = load_on_chip(model)
     runner.warm_up()
+    attention, forward = weakref.ref(runner._attention), weakref.ref(runner._forward)
     runner.close()
+    assert attention() is None, "its cache is given back while the runner is still there"
+    assert forward() is None
     runner.close()
     with pytest.raises(ConfigError, match="closed"):
         runner.execute(StepBatch(step_id=1, sequences=(step(0, [3], 0, SamplingParams(), block=0),)))

@@ -52,6 +52,9 @@ class Accelerator(Protocol):
     def wait(self) -> None:
         """Returns when everything launched so far has happened."""
 
+    def release(self) -> None:
+        """Gives back what the allocator holds unused."""
+
 
 class CudaAccelerator:
     """A CUDA or HIP device of torch. Graphs share one memory pool, so only one of them may run at a time."""
@@ -105,6 +108,9 @@ class CudaAccelerator:
     def wait(self) -> None:
         self._done.record()
         self._done.synchronize()
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
 
 
 def find_device(uuid: str, pci: str) -> str:

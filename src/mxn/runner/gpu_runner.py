@@ -111,6 +111,11 @@ class GpuRunner(TorchRunner):
         if self.graphs is not None:
             self.graphs.close()
         super().close()
+        # All of these hold the model or its cache.
+        self.graphs = self._captured = self._plan_step = None
+        gc.unfreeze()
+        gc.collect()
+        self._accelerator.release()
 
     # ------------------------------------------------------------------ parts of a step
 
