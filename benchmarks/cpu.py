@@ -23,9 +23,9 @@ from typing import Annotated
 import msgspec
 import typer
 from bounds import WEIGHT_BITS, Ceilings, Shape, bound, measure_ceilings, shape_of
-from peer_arms import Peer, Setup, Turn, load_setup, started
+from peer_arms import WARM_UP, WARM_UP_TOKENS, Peer, PeerError, Setup, Turn, load_setup, started
 
-from mxn.bench.arms import Arm
+from mxn.bench.datasets import Ask, Dataset
 from mxn.bench.environment import busy_warning, manifest
 from mxn.bench.metrics import Spread
 from mxn.bench.records import Record, Report, save
@@ -33,6 +33,7 @@ from mxn.bench.report import Grid, manifest_markdown, number_text, ratio_text, s
 from mxn.bench.runner import measure
 from mxn.bench.workloads import WORKLOADS, PromptMaker, Workload
 from mxn.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, err
+from mxn.engine.http_stream import TransportError
 from mxn.errors import ConfigError, MxnError
 from mxn.fleet.launchers.local import ENVIRONMENT
 from mxn.store.fetch import fetch
@@ -74,22 +75,6 @@ class CpuReport(Report):
     ceilings: Ceilings
     shape: Shape
     absent: tuple[str, ...] = ()
-
-
-class Prompts(PromptMaker):
-    """Fresh prompts for each repetition, but the long ones stay."""
-
-    def __init__(self, folder: str, *, seed: int) -> None:
-        super().__init__(folder, seed=seed)
-        self._kept: dict[str, list[str]] = {}
-
-    def make(self, workload: Workload) -> list[str]:
-        """One text per request."""
-        if workload.name not in LONG:
-            return super().make(workload)
-        if workload.name not in self._kept:
-            self._kept[workload.name] = super().make(workload)
-        return self._kept[workload.name]
 
 
 def main(
@@ -174,7 +159,7 @@ async def compare(
     seed: int,
     out_path: Path | None,
 ) -> CpuReport:
-    """Runs what the record at `out_path` lacks, workload by workload, and saves after each."""
+    """Runs the workloads that the record at `out_path` lacks, and saves after each."""
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # peers are ended, not left stopped
@@ -189,23 +174,20 @@ async def compare(
             say(warning)
         ceilings = measure_ceilings(made.num_cores, sorted(int(shape.weight_bytes(q)) for q in ("int4", "int8")))
         report = CpuReport(manifest=made, records=(), ceilings=ceilings, shape=shape, absent=absent)
-    prompts = Prompts(model.folder, seed=seed)
-    todo = []
-    for workload in workloads:
-        able = [side for side in sides if not side.workloads or workload.name in side.workloads]
-        have = {r.subject.label for r in report.records if r.workload.name == workload.name}
-        if not {side.label for side in able} <= have:
-            todo.append((workload, able))
+    prompts = PromptMaker(model.folder, seed=seed)
+    done = {record.workload.name for record in report.records}
     async with AsyncExitStack() as stack:
-        turns: dict[int, Turn] = {}
-        for workload, able in todo:
+        turns: dict[int, Turn | str] = {}
+        for workload in [workload for workload in workloads if workload.name not in done]:
+            able = [side for side in sides if not side.workloads or workload.name in side.workloads]
             for side in able:
                 if id(side) not in turns:
-                    say(f"{side.label}: starting")
-                    turns[id(side)] = await stack.enter_async_context(
-                        started(side, model.name, prompts, limit_s=limit_s)
-                    )
-            arms = [turns[id(side)] for side in able]
+                    turns[id(side)] = turn = await start(side, stack, model.name, prompts, limit_s)
+                    if isinstance(turn, str):
+                        report = replace(report, absent=(*report.absent, f"{side.label}: {turn}"))
+            arms = [turn for side in able if isinstance(turn := turns[id(side)], Turn)]
+            if not arms:
+                raise PeerError(f"no side of this comparison runs: {'; '.join(report.absent)}")
             report = with_records(report, await run(workload, arms, prompts, repetitions))
             again = measure_ceilings(report.ceilings.threads, report.ceilings.working_set_bytes)
             report = replace(report, ceilings=report.ceilings.best(again))
@@ -215,14 +197,30 @@ async def compare(
     return report
 
 
-async def run(workload: Workload, arms: Sequence[Turn], prompts: Prompts, repetitions: int) -> list[Record]:
+async def start(side: Peer, stack: AsyncExitStack, model: str, prompts: PromptMaker, limit_s: float) -> Turn | str:
+    """The side, ready for its turns, or why it cannot be had."""
+    say(f"{side.label}: starting")
+    try:
+        turn = await stack.enter_async_context(started(side, model, prompts, limit_s=limit_s))
+        (answer,) = await turn.run([WARM_UP], WARM_UP_TOKENS, 1)
+    except (PeerError, TransportError) as error:
+        say(f"left out: {error}")
+        return str(error).splitlines()[0]
+    return turn if answer.error is None else answer.error
+
+
+async def run(workload: Workload, arms: Sequence[Turn], prompts: PromptMaker, repetitions: int) -> list[Record]:
     """One workload on all sides. Long prompts are computed once beforehand, not timed."""
+    kept = None
     if workload.name in LONG:
+        texts = prompts.make(workload)
+        kept = Dataset(name="kept", sha256="", asks=tuple(Ask(text=text) for text in texts))
         for arm in arms:
             say(f"{arm.subject.label}: {workload.name}, computing the prompts")
-            await arm.read(prompts.make(workload))
-    sides: list[Arm] = [*arms]
-    return await measure(sides, [workload], prompts, repetitions=repetitions, progress=lambda what, *_: say(what))
+            await arm.read(texts)
+    return await measure(
+        arms, [workload], prompts, repetitions=repetitions, dataset=kept, progress=lambda what, *_: say(what)
+    )
 
 
 def earlier(path: Path | None) -> CpuReport | None:
