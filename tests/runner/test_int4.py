@@ -154,6 +154,7 @@ def test_sample_is_in_the_models_tokens_and_its_likelihood_that_of_transformers(
     folder = make_folder("q8_0")
     ids = sample_ids(str(folder), 300)
     assert len(ids) == 300
+    assert len(sample_ids(str(folder), 10**6)) == 512
     found = mean_nll(loaded(folder), ids)
     from transformers import AutoModelForCausalLM
 
@@ -166,4 +167,4 @@ def test_sample_is_in_the_models_tokens_and_its_likelihood_that_of_transformers(
 
 def test_folder_without_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"tokenizer\.json: the sample text cannot be turned into tokens"):
-        sample_ids(str(tmp_path))
+        sample_ids(str(tmp_path), 512)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -29,20 +29,22 @@ class Finding:
 
 def doctor(
     port: Annotated[int, typer.Option(help="Port that is to be free for serving.", min=0, max=65535)] = 8000,
-    quick: Annotated[bool, typer.Option("--quick", help="Do not serve the default model.")] = False,
+    model: Annotated[str | None, typer.Option(help="Model to compare ways of computing on: name, folder.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Neither serve nor compare a model.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check the set-up, and say what to do.
 
     Versions, backends, compiler, kernels, power, memory, disk, models, network, port, and whether the default model
-    gives a right answer if it is on this disk. Exits 1 when something fails.
+    gives a right answer if it is on this disk; then how far each way of computing it on the CPU is from float32, and
+    how long a step takes. Exits 1 when something fails.
     """
     from mxn.cli.console import EXIT_FAILURE, out, print_pairs, show_json
 
     checks: list[Callable[[], Iterator[Finding]]] = [
         *(_python, _packages, _backends, _compiler, _kernels, _power, _memory, _disk, _models, _network),
         lambda: _port(port),
-        *([] if quick else [_self_test]),
+        *([] if quick else [_self_test, lambda: _ways(model)]),
     ]
     findings: list[Finding] = []
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -242,6 +244,50 @@ def _self_test() -> Iterator[Finding]:
         f"{server.name} with {server.quantisation} and {server.attention} was ready after {ready_s:.0f} s and "
         f'answered "{answer}" ({turn.stats_text()})',
         "" if is_right else "the answer is wrong: try --quantisation fp32 and --attention reference, and report it",
+    )
+
+
+def _ways(model: str | None) -> Iterator[Finding]:
+    """Every way of computing a model on the CPU beside float32, in a process of its own that may import torch."""
+    import json
+
+    from mxn.backends.host import usable_cores
+    from mxn.cli.prepare import DEFAULT_MODEL
+    from mxn.config.environment import child_environment
+    from mxn.fleet.launchers.local import ENVIRONMENT
+    from mxn.store.fetch import fetch, list_cached
+
+    if model is None and not any(cached.name == DEFAULT_MODEL for cached in list_cached()):
+        return
+    folder = fetch(model or DEFAULT_MODEL).folder
+    command = [sys.executable, "-m", "mxn.runner.tiers", folder, "--cores", str(usable_cores())]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=1800, env=child_environment(defaults=ENVIRONMENT)
+    )
+    entries = [json.loads(line) for line in done.stdout.splitlines()]
+    reference = next((entry for entry in entries if "nll" in entry), None)
+    for entry in entries:
+        yield _way(entry, reference)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        yield Finding("ways", "fail", f"the comparison ended early: {last}", "python -m mxn.runner.tiers shows more")
+
+
+def _way(entry: dict[str, Any], reference: dict[str, Any] | None) -> Finding:
+    if "nll" not in entry:
+        return Finding(entry["tier"], "warn", f"not offered: {entry['error']}")
+    times = ", ".join(f"{case} {ms:.3g} ms" for case, ms in entry["ms"].items())
+    threads = f"{entry['threads']} thread{'s' if entry['threads'] != 1 else ''}"
+    if reference is None or entry is reference:
+        return Finding(entry["tier"], "ok", f"the reference, on {threads}: {times}")
+    change = entry["nll"] / reference["nll"] - 1
+    is_near = change <= 0.02
+    return Finding(
+        entry["tier"],
+        "ok" if is_near else "warn",
+        f"logits off by {entry['error']:.1%} (one token by {entry['worst_error']:.1%}), {entry['same_tokens']:.0%} of "
+        f"{entry['num_tokens']} next tokens the same, NLL {change:+.1%}; {times}",
+        "" if is_near else "serve it with --quantisation fp32, or bf16 to save memory",
     )
 
 

@@ -160,7 +160,7 @@ def _plan(
         notes.append(f"attention reference: plain torch over a {str(kv_dtype).removeprefix('torch.')} KV cache")
     quantise = {
         "int8": partial(_quantise_int8, threads=threads),
-        "int4": partial(_quantise_int4, name=model.name, folder=model.folder, threads=threads),
+        "int4": partial(_quantise_int4, source=model, threads=threads),
     }
     return LoadPlan(
         device="cpu",
@@ -221,23 +221,23 @@ def _quantise_int8(model: PreTrainedModel, *, threads: int) -> Sequence[str]:
     return quantise_int8(model, threads=threads).lines()
 
 
-def _quantise_int4(model: PreTrainedModel, *, name: str, folder: str, threads: int) -> Sequence[str]:
+def _quantise_int4(model: PreTrainedModel, *, source: Model, threads: int) -> Sequence[str]:
     """4 bits, only where they cost the model little. Raises: UnsupportedModelError with what they cost."""
     from mxn.runner.gguf_blocks import GgufBlocks
     from mxn.runner.likelihood import mean_nll, sample_ids
     from mxn.runner.quantise import quantise_int4
 
-    ids = sample_ids(folder)
+    ids = sample_ids(source.folder, source.spec.max_context)
     before = mean_nll(model, ids)
-    blocks = GgufBlocks.beside(folder, model.config.to_dict())
+    blocks = GgufBlocks.beside(source.folder, model.config.to_dict())
     lines = quantise_int4(model, threads=threads, blocks=blocks).lines()
     after = mean_nll(model, ids)
     change = after / before - 1
     found = f"mean negative log-likelihood of {len(ids)} tokens of text is {before:.4f} in fp32, {after:.4f} in int4"
     if not change <= MAX_INT4_CHANGE:
         raise UnsupportedModelError(
-            f"{name} is not offered in int4: its {found} ({change:+.1%}, at most {MAX_INT4_CHANGE:+.0%} is served); "
-            "available: int8, fp32, bf16"
+            f"{source.name} is not offered in int4: its {found} ({change:+.1%}, served up to "
+            f"{MAX_INT4_CHANGE:+.0%}); available: int8, fp32, bf16"
         )
     return [*lines, f"{found} ({change:+.1%})"]
 

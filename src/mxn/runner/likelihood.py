@@ -25,14 +25,14 @@ _CHUNK = 128
 _BLOCK_SIZE = 16
 
 
-def sample_ids(folder: str, max_tokens: int = _MAX_TOKENS) -> list[int]:
-    """The sample in a model's own tokens. Raises: ModelError without a tokenizer."""
+def sample_ids(folder: str, max_context: int) -> list[int]:
+    """The sample in a model's own tokens, as many as its context holds. Raises: ModelError without a tokenizer."""
     file = Path(folder) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
         raise ModelError(f"{file}: the sample text cannot be turned into tokens: {error}") from error
-    return list(tokenizer.encode(SAMPLE.read_text(encoding="utf-8")).ids[:max_tokens])
+    return list(tokenizer.encode(SAMPLE.read_text(encoding="utf-8")).ids[: min(max_context, _MAX_TOKENS)])
 
 
 @torch.inference_mode()

@@ -112,6 +112,11 @@ class TorchRunner:
         return finish_step(logits, inputs, batch.sequences)
 
     @torch.inference_mode()
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        """Computes a step and answers with the logits that its sequences ask for, for comparisons."""
+        return self._forward(build_inputs(batch, self.block_size, self._device)).float().clone()
+
+    @torch.inference_mode()
     def copy_kv(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copies KV blocks (source id, destination id) in order, over all layers."""
         if self._attention is not None:
