@@ -1,6 +1,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mxn.bench.workloads import PromptMaker, parse_workloads
 from mxn.core.clock import FakeClock
 from mxn.core.quantity import Provenance
 from mxn.energy.reader import NullReader, PowerReader
-from mxn.energy.replay import ReplayReader
+from mxn.energy.replay import ConstantReader, ReplayReader
 from mxn.errors import ConfigError
 
 
@@ -126,3 +127,44 @@ async def test_comparison_shows_the_ratio_in_the_direction_of_better(prompts: Pr
     rows = report.comparison(found).rows
     assert all("x2.00" in row[3] for row in rows)
     assert "| quick1 |" in report.report_markdown(Report(manifest=manifest(seed=0), records=tuple(found)))
+
+
+async def test_meter_that_vanishes_in_one_repetition_leaves_no_figure_of_energy(prompts: PromptMaker) -> None:
+    arm = ScriptedArm("a", [])
+    trace: list[tuple[float, float | None]] = [(t / 100, t / 100 * 20.0 if t < 150 else None) for t in range(4000)]
+    arm.readers = (ReplayReader(trace, clock=arm.clock),)
+    (record,) = await measure([arm], parse_workloads("quick1"), prompts, repetitions=4)
+    assert [run.energy_j is None for run in record.runs] == [False, False, True, True]
+    assert record.tokens_per_watt.value is None
+    assert "the counter is gone" in record.energy_j.source
+    assert record.sources[0].loss == "gone"
+    assert record.headline is not None
+    assert record.headline.n == 4, "the speed is known all the same"
+
+
+async def test_server_that_dies_mid_run_is_a_fault_with_its_kind(prompts: PromptMaker) -> None:
+    arm = ScriptedArm("a", [])
+    run_well = arm.run
+
+    async def run(texts: list[str], max_tokens: int, concurrency: int) -> list[RequestResult]:
+        results = await run_well(texts, max_tokens, concurrency)
+        if len(arm.log) < 3:
+            return results
+        return [replace(r, error="connection reset", error_kind="connection") for r in results]
+
+    arm.run = run  # type: ignore[method-assign]
+    (record,) = await measure([arm], parse_workloads("quick8"), prompts, repetitions=3)
+    assert record.errors == {"connection": 32}
+    assert record.faults == ("16 of 16 requests: connection reset",)
+    assert not record.is_result
+    assert record.num_output_tokens == 16 * 32
+
+
+async def test_idle_power_is_watched_before_and_after(prompts: PromptMaker) -> None:
+    arm = ScriptedArm("a", [])
+    arm.readers = (ConstantReader(7.0, detail=""),)
+    (record,) = await measure([arm], parse_workloads("quick1"), prompts, repetitions=1, idle_s=0.05)
+    assert record.idle_before_w is not None
+    assert record.idle_before_w.value == pytest.approx(7)
+    assert record.idle_after_w is not None
+    assert record.idle_after_w.value == pytest.approx(7)
