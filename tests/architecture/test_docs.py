@@ -59,7 +59,7 @@ def test_constraints_pin_every_direct_dependency() -> None:
     """Optional chips' libraries aside: those are chosen by the machine, not by the set-up."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["cpu"], *extras["bench"], *extras["dev"]]
+    wanted = [*project["dependencies"], *extras["cpu"], *extras["dev"]]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     for requirement in map(Requirement, wanted):
