@@ -3,7 +3,7 @@
 python benchmarks/load_generator.py                      # 2,000 requests/s of 25 tokens for 10 s, then half of that
 
 An open loop of even arrivals against `bare_server.py`, which stamps when it had read a request and when it wrote the
-first token. What it adds to a TTFT: (read - sent) + (seen - written), so the network and the server's own event loop are
+first token. What it adds to a TTFT: (read - sent) + (seen - written), so the network and the server's event loop are
 in it too. The generator is pinned to one core, the server to another.
 """
 
