@@ -18,6 +18,18 @@ from mxn.engine.tokenizer import Tokenizer
 from mxn.errors import RequestError
 
 _encode = msgspec.json.encode
+_RULES = (
+    "min_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+)
 _REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 
@@ -73,7 +85,7 @@ class Dialect(ABC):
         """Raises: RequestError for the first sampling rule in use that this server has not."""
         refused = self.refused()
         neutral = SamplingParams()
-        for field in ("min_tokens", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        for field in _RULES:
             if field in refused and getattr(sampling, field) != getattr(neutral, field):
                 raise self.refusal(field)
         if sampling.num_logprobs is not None and "logprobs" in refused:
@@ -138,7 +150,7 @@ class Completions(Dialect):
 
     def refused(self) -> set[str]:
         missing = {"top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos"} - self._extensions
-        missing.add(PROMPT_LOGPROBS)
+        missing |= {PROMPT_LOGPROBS, *self.spec.refused}
         if "return_tokens_as_token_ids" not in self._extensions:
             missing |= {"logprobs", "top_logprobs"}
         if not self.has_token_ids:
@@ -289,7 +301,8 @@ class LlamaCpp(Dialect):
         self._salts: set[str] = set()
 
     def refused(self) -> set[str]:
-        return {"min_tokens", "presence_penalty", "frequency_penalty", "skip_special_tokens", PROMPT_LOGPROBS}
+        own = {"min_tokens", "presence_penalty", "frequency_penalty", "skip_special_tokens", PROMPT_LOGPROBS}
+        return own | set(self.spec.refused)
 
     def body(self, request: SequenceRequest) -> bytes:
         sampling = request.sampling
