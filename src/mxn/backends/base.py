@@ -211,6 +211,7 @@ class ServerSpec:
     protocol: "completions" is OpenAI's POST /v1/completions, streamed; "llama.cpp" is llama-server's POST /completion.
     extensions: request fields it understands beyond OpenAI's, for "completions"; what needs another is refused by name.
       With "return_token_ids" its answers carry token ids, which mxn turns into text; otherwise its text is passed on.
+    refused: OpenAI's own fields that it cannot serve all the same, such as "logit_bias".
     takes_token_ids: prompts are sent as token ids; otherwise as text, for its own tokenizer.
     max_num_seqs: sequences it runs at once; more wait in mxn's line.
     ready_path: answers 200 once requests are served. ready_timeout_s: how long that may take.
@@ -226,6 +227,7 @@ class ServerSpec:
     model: str
     protocol: Literal["completions", "llama.cpp"] = "completions"
     extensions: tuple[Extension, ...] = ()
+    refused: tuple[str, ...] = ()
     takes_token_ids: bool = True
     max_num_seqs: int
     ready_path: str = "/health"

@@ -21,6 +21,7 @@ _BUILT_IN = {
     "rocm": "mxn.backends.rocm:RocmBackend",
     "llama.cpp": "mxn.backends.llama_cpp:LlamaCppBackend",
     "server": "mxn.backends.server:ServerBackend",
+    "vllm": "mxn.backends.vllm:VllmBackend",
 }
 
 

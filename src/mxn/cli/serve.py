@@ -40,7 +40,7 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name that clients ask for.")] = None,
     backend: Annotated[str | None, typer.Option(help="Backend; auto takes the best one that is active.")] = None,
-    quantisation: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16, int8 or int4.")] = None,
+    quantisation: Annotated[str | None, typer.Option(help="auto, fp32, bf16, fp16, fp8, int8 or int4.")] = None,
     context: Annotated[int | None, typer.Option(help="Longest prompt and output together, in tokens.", min=1)] = None,
     kv_gib: Annotated[float | None, typer.Option(help="Memory for the KV cache.", min=0.001)] = None,
     threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU.", min=1)] = None,
