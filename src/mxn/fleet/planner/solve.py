@@ -1,0 +1,188 @@
+"""Solves a placement problem in stages: who is served, tier by tier, then at what cost; each with a proven gap.
+
+fast: prices from the relaxation, one pricing round for the bound, blocks placed one after another.
+refined: columns are generated until the bound meets the master, then neighbourhoods are solved exactly.
+exact: refined, then the whole problem as one integer program.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mxn.fleet.planner.blocks import Block, Goal, Instance, Pattern
+from mxn.fleet.planner.goals import cost_of_serving_all, cost_of_serving_as_much, service_of_tier
+from mxn.fleet.planner.linear_program import InfeasibleError, Solution, Vector
+from mxn.fleet.planner.oracle import Oracle
+from mxn.fleet.planner.problem import Assignment, Problem
+from mxn.fleet.planner.refine import refine, value_of
+from mxn.fleet.planner.relaxation import relax
+from mxn.fleet.planner.search import place_in_order, restated, solve_together
+
+Effort = Literal["fast", "refined", "exact"]
+
+_TARGET_GAPS: dict[Effort, float] = {"fast": 1.0, "refined": 1e-3, "exact": 1e-6}
+_SERVED = 1e-6
+"""A share of load below this counts as nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageReport:
+    """What one stage found.
+
+    value: of what it minimises. bound: proven, no plan is below it. gap: their difference as a share of the value.
+    """
+
+    name: str
+    value: float
+    bound: float
+    gap: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """A plan in numbers.
+
+    unserved: share of a demand's load that no replica serves, where there is any. missing: replicas short of the
+    minimum. stages: in the order solved; one stage "cost" where everybody is served.
+    prices: what one more slice of a pool, or watt under a cap, would save.
+    """
+
+    assignment: Assignment
+    unserved: dict[str, float]
+    missing: dict[str, int]
+    stages: tuple[StageReport, ...]
+    prices: dict[str, float]
+
+    @property
+    def gap(self) -> float:
+        """The largest gap of any stage."""
+        return max(stage.gap for stage in self.stages)
+
+
+def solve_placement(problem: Problem, *, effort: Effort = "refined") -> Outcome:
+    """Places all demands. The same problem gives the same answer.
+
+    Raises: InfeasibleError when relations or rules about failure domains cannot be kept at all.
+    """
+    return _Solver(problem, effort).run()
+
+
+class _Solver:
+    def __init__(self, problem: Problem, effort: Effort) -> None:
+        self.problem, self.instance, self.effort = problem, Instance(problem), effort
+        self.stages: list[StageReport] = []
+        self.prices = np.zeros(len(self.instance.limits))
+        self.order = sorted(self.instance.blocks, key=self._rank)
+        self.is_missing = np.array([item.option is None for item in self.instance.items], dtype=np.bool_)
+
+    def run(self) -> Outcome:
+        goal = cost_of_serving_all(self.instance)
+        relaxed = relax(self.instance, goal)
+        patterns = None
+        if not self._is_short(relaxed):
+            patterns = self._minimise("cost", goal, None, relaxed)
+        if patterns is None or any(self._unserved(patterns).values()) or any(self._missing(patterns).values()):
+            self.stages.clear()
+            patterns = self._serve_tier_by_tier(patterns)
+        names = [demand.name for demand in self.problem.demands]
+        return Outcome(
+            assignment=self.instance.assignment(patterns),
+            unserved={names[d]: share for d, share in self._unserved(patterns).items() if share > 0},
+            missing={names[d]: count for d, count in self._missing(patterns).items() if count},
+            stages=tuple(self.stages),
+            prices=dict(zip(self.instance.row_names, self.prices.tolist(), strict=True)),
+        )
+
+    def _serve_tier_by_tier(self, patterns: list[Pattern] | None) -> list[Pattern]:
+        """Service first, tier after tier, then cost among all plans that serve as much."""
+        unserved: dict[int, float] = {}
+        missing: dict[int, int] = {}
+        for tier in sorted({demand.tier for demand in self.problem.demands}):
+            goal = service_of_tier(self.instance, tier, unserved, missing)
+            patterns = self._minimise(f"service of tier {tier}", goal, patterns)
+            unserved |= {d: u for d, u in self._unserved(patterns).items() if self.problem.demands[d].tier == tier}
+            missing |= {d: m for d, m in self._missing(patterns).items() if self.problem.demands[d].tier == tier}
+        return self._minimise("cost", cost_of_serving_as_much(self.instance, unserved, missing), patterns)
+
+    def _minimise(
+        self, name: str, goal: Goal, start: list[Pattern] | None, relaxed: Solution | None = None
+    ) -> list[Pattern]:
+        """One stage. start: a solution found for another goal. relaxed: what `relax` found, when known already."""
+        began_s = time.perf_counter()
+        oracle, blocks = Oracle(self.instance, goal), self.instance.blocks
+        relaxed = relaxed or relax(self.instance, goal)
+        prices = np.maximum(0.0, -relaxed.prices[: len(self.instance.limits)])
+        answers = [self._cheapest(oracle, block, prices) for block in blocks]
+        bound = sum(lowest for _, lowest in answers) - float(prices @ self.instance.limits)
+        best = restated(self.instance, goal, start) if start is not None else None
+        if best is not None and not np.isfinite(value_of(best)):
+            best = None
+        try:
+            wanted = {block.first: pattern for block, (pattern, _) in zip(blocks, answers, strict=True)}
+            placed = place_in_order(oracle, self.order, prices, self.instance.limits, wanted)
+            found = [placed[block.first] for block in blocks]
+            best = found if best is None or value_of(found) < value_of(best) else best
+        except InfeasibleError:
+            if best is None:
+                raise
+        target = _TARGET_GAPS[self.effort]
+        if value_of(best) - bound > target * abs(value_of(best)):
+            refined = refine(oracle, self.order, best, prices, bound, target)
+            best, bound, prices = refined.patterns, refined.bound, refined.prices
+        if self.effort == "exact" and all(block.is_plain for block in blocks):
+            best, bound = self._solve_whole(oracle, best, bound)
+        self.prices = prices
+        value = value_of(best)
+        gap = max(0.0, value - bound) / value if value > 0 else 0.0
+        self.stages.append(
+            StageReport(name=name, value=value, bound=bound, gap=gap, seconds=time.perf_counter() - began_s)
+        )
+        return best
+
+    def _solve_whole(self, oracle: Oracle, best: list[Pattern], bound: float) -> tuple[list[Pattern], float]:
+        """All blocks in one integer program, begun from the best so far."""
+        found, proven = solve_together(
+            oracle, self.instance.blocks, self.instance.limits, best, gap=1e-9, max_nodes=200_000, time_limit_s=60.0
+        )
+        return found or best, max(bound, proven)
+
+    # ------------------------------------------------------------------ helpers
+
+    def _cheapest(self, oracle: Oracle, block: Block, prices: Vector) -> tuple[Pattern, float]:
+        answer = oracle.cheapest(block, prices)
+        if answer is None:
+            names = ", ".join(self.problem.demands[d].name for d in block.demands)
+            raise InfeasibleError(f"no mix of options gives {names} what they must have")
+        return answer
+
+    def _rank(self, block: Block) -> tuple[int, int, float, int]:
+        """Blocks of higher tiers, then those with the least choice, then the largest, are placed first."""
+        items = self.instance.items[block.first : block.last]
+        pools = {item.option.pool for item in items if item.option is not None}
+        weight = sum(float(self.instance.weights[d]) for d in block.demands)
+        return min(self.problem.demands[d].tier for d in block.demands), len(pools), -weight, block.first
+
+    def _is_short(self, relaxed: Solution) -> bool:
+        """Whether even divisible replicas leave load unserved or replicas missing."""
+        items, pieces = np.split(relaxed.values, [len(self.is_missing)])
+        return bool(pieces.max(initial=0.0) > _SERVED or items[self.is_missing].max(initial=0.0) > _SERVED)
+
+    def _unserved(self, patterns: Sequence[Pattern]) -> dict[int, float]:
+        return {
+            d: share if share > _SERVED else 0.0
+            for block, pattern in zip(self.instance.blocks, patterns, strict=True)
+            for d, share in zip(block.demands, pattern.unserved, strict=True)
+        }
+
+    def _missing(self, patterns: Sequence[Pattern]) -> dict[int, int]:
+        missing = dict.fromkeys(range(len(self.problem.demands)), 0)
+        for block, pattern in zip(self.instance.blocks, patterns, strict=True):
+            for row in np.flatnonzero(self.is_missing[block.first : block.last]):
+                missing[self.instance.items[block.first + row].demand] += int(pattern.counts[row])
+        return missing
