@@ -7,6 +7,7 @@ tokens. A server that cannot score texts is compared by how far its own greedy c
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,19 +124,21 @@ class Asker:
 
 async def take_reference(asker: Asker, name: str) -> Reference:
     """Continues and scores the texts. Raises: ScoringError, TransportError when the reference cannot."""
-    texts = [text + await asker.continue_text(text) for text in TEXTS]
-    return Reference(name=name, texts=tuple(texts), scores=tuple([await asker.score(text) for text in texts]))
+    said = await asyncio.gather(*(asker.continue_text(text) for text in TEXTS))
+    texts = tuple(text + more for text, more in zip(TEXTS, said, strict=True))
+    return Reference(name=name, texts=texts, scores=tuple(await asyncio.gather(*map(asker.score, texts))))
 
 
 async def judge(asker: Asker, reference: Reference) -> Quality:
     """A subject against the reference. What cannot be compared does not pass, and the note says why."""
     try:
-        return _judge_scores(reference, [await asker.score(text) for text in reference.texts])
+        return _judge_scores(reference, await asyncio.gather(*map(asker.score, reference.texts)))
     except ScoringError as why:
         try:
+            said = await asyncio.gather(*map(asker.continue_text, TEXTS))
             followed = [
-                _followed(text[len(start) :], await asker.continue_text(start))
-                for start, text in zip(TEXTS, reference.texts, strict=True)
+                _followed(text[len(start) :], own)
+                for start, text, own in zip(TEXTS, reference.texts, said, strict=True)
             ]
         except (ScoringError, TransportError) as err:
             return _failed(reference, str(err))
