@@ -284,7 +284,6 @@ def measured_part(machine: Machine, work: Work, folder: Path, *, repeats: int, h
     facts |= check_tokens(model, sample, generate(engine, sample, 0.0), machine.device)
     if not facts["largest_gap"] <= (MAX_GAP if dtype is torch.bfloat16 else 1e-4):
         result.state = f"wrong: a token is {facts['largest_gap']:.2g} standard deviations below fp32's largest logit"
-        return result
 
     facts["runs"] = []
     for _ in range(repeats):
@@ -306,7 +305,7 @@ def measured_part(machine: Machine, work: Work, folder: Path, *, repeats: int, h
 
 def one_run(machine: Machine, engine: Engine, work: Work) -> dict[str, Any]:
     runner = engine.executor._runner
-    before = (runner.num_replayed, runner.num_eager, engine.stats.num_steps)
+    before = (runner.num_replayed, runner.num_eager, engine.stats.num_steps, engine.stats.busy_s)
     window = EnergyWindow([machine.reader])
     begin_s = time.monotonic()
     found = generate(engine, work.requests, work.temperature)
@@ -320,7 +319,7 @@ def one_run(machine: Machine, engine: Engine, work: Work) -> dict[str, Any]:
         "steps": engine.stats.num_steps - before[2],
         "replayed": runner.num_replayed - before[0],
         "eager": runner.num_eager - before[1],
-        "busy_s": engine.stats.busy_s,
+        "busy_s": engine.stats.busy_s - before[3],
         **energy_of(energy, count),
     }
 
