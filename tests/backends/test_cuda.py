@@ -61,6 +61,12 @@ class Driver:
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
 
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        return [board[0] for board in self.boards].index(uuid)
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.1"
+
     def nvmlDeviceGetHandleByPciBusId(self, bus: str) -> int:
         return int(bus.split(":")[1], 16)
 
@@ -142,6 +148,7 @@ def test_slices_are_chips_and_their_board_is_not() -> None:
     assert {chip.facts["slice_of"] for chip in chips} == {"GPU-AB12"}
     assert chips[0].memory_bytes == 9728 * 2**20
     assert chips[0].cores == 16
+    assert "split by MIG" in CudaBackend(Driver((*H100[:4], 2))).power(chips[0]).detail
 
 
 def test_the_number_of_multiprocessors_may_be_unknown() -> None:

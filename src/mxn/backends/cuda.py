@@ -51,7 +51,8 @@ class CudaBackend(GpuBackend):
         return ("bf16", "fp16", "fp32", *(("fp8",) if capability >= 89 else ()), "int4")
 
     def power(self, chip: Chip) -> PowerReader:
-        return nvml_reader(chip.facts["uuid"], nvml=self._nvml)
+        # A slice has no meter of its own: asked for its board, the reader says so.
+        return nvml_reader(chip.facts.get("slice_of", chip.facts["uuid"]), nvml=self._nvml)
 
     def _library(self) -> Any:
         """NVML, initialised. Raises: NoBoards with what to do."""
