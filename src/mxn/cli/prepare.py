@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from mxn.backends.base import Backend, Support
 from mxn.backends.registry import installed_backends, load_backend
+from mxn.backends.survey import survey
 from mxn.config.deployments import DeploymentConfig
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, ModelSpec
@@ -102,7 +103,13 @@ def choose(name: str, model: ModelSpec, settings: LoadSettings) -> tuple[Backend
         known = [n for n in installed_backends() if n not in BY_NAME_ONLY]
         names = sorted(known, key=lambda n: (PREFERENCE.index(n) if n in PREFERENCE else len(PREFERENCE), n))
     refusals: list[str] = []
+    entries = installed_backends()
     for candidate in names:
+        if candidate in entries and entries[candidate].distribution != "mxn":
+            probe = survey([candidate])[candidate].probe  # another's code may hang or die: not in this process
+            if probe.state != "active":
+                refusals.append(f"{candidate} is {probe.state}: {probe.reason}")
+                continue
         try:
             backend = load_backend(candidate)
         except BackendError as error:
