@@ -41,8 +41,8 @@ _RUNTIMES = (
     "onnxruntime-cann",
     "onnxruntime-directml",
 )
-_QUANTISATIONS = ("int4", "int8", "fp32")
-_BYTES_PER_WEIGHT = {"int4": 0.625, "int8": 1.125, "fp32": 4.0}  # a float32 scale for every 32 weights
+_QUANTISATIONS = ("int8", "int4", "fp32")
+_BYTES_PER_WEIGHT = {"int4": 0.625, "int8": 1.04, "fp32": 4.0}  # with float32 scales
 _LIBRARY_BYTES = 120e6  # resident size of onnxruntime, onnx and numpy after opening a small session
 _AUTO_KV_SHARE = 0.5
 
@@ -93,7 +93,7 @@ class OnnxBackend(Backend):
         return Support(verdict="yes", quantisations=_QUANTISATIONS, max_context=model.max_context)
 
     def estimate(self, model: ModelSpec, settings: LoadSettings, chip: Chip) -> MemoryEstimate:
-        quantisation = "int4" if settings.quantisation == "auto" else settings.quantisation
+        quantisation = "int8" if settings.quantisation == "auto" else settings.quantisation
         return MemoryEstimate(
             weights=_estimate_weights(model, quantisation),
             kv_cache=_estimate_kv(model, settings, chip),

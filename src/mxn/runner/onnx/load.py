@@ -16,7 +16,8 @@ from mxn.store.graphs import GraphOptions, exported_graph
 
 QUANTISATIONS = ("auto", "int4", "int8", "fp32")
 _TARGETS = {"cuda": "cuda", "tensorrt": "cuda", "directml": "dml"}
-_BLOCK_SIZES = ("16", "32", "64", "128", "256")
+_BLOCK_SIZES = ("auto", "16", "32", "64", "128", "256")
+_AUTO_BLOCK_SIZES = {"int4": 32, "int8": 128}
 _KV_SHARE = 0.5
 """Of the free memory for an "auto" KV cache, as for the cpu backend."""
 _SPARE = 1.2
@@ -44,14 +45,14 @@ class OnnxOptions:
 
     provider: one of `PROVIDERS`. fallback: "allow" lets nodes that the provider does not take run on the CPU.
     prefill: the precision of a second graph for prompts, over the same slots, or "same".
-    block_size: weights that share a scale in int4 and int8.
+    block_size: weights that share a scale in int4 and int8; "auto" is 32 for int4, a GGUF file's own, and 128 for int8.
     provider_options: what else the provider is told, as `provider.KEY` options.
     """
 
     provider: str = "cpu"
     fallback: str = "refuse"
     prefill: str = "same"
-    block_size: str = "32"
+    block_size: str = "auto"
     provider_options: dict[str, str]
 
     @classmethod
@@ -87,13 +88,14 @@ def load_onnx_runner(
             f"available: {', '.join(QUANTISATIONS)}"
         )
     check_provider(options.provider)
-    quantisation = "int4" if settings.quantisation == "auto" else settings.quantisation
+    quantisation = "int8" if settings.quantisation == "auto" else settings.quantisation
     threads = settings.threads or cores
     max_context = _max_context(model, settings)
     prefill_precision = quantisation if options.prefill == "same" else options.prefill
 
     notes = [
-        f"numbers {quantisation}, {'chosen as the fastest' if settings.quantisation == 'auto' else 'as set'}",
+        f"numbers {quantisation}, "
+        + ("chosen as the fastest that keeps the model's likelihood" if settings.quantisation == "auto" else "as set"),
         f"ONNX Runtime {ort.__version__}, {threads} compute threads",
     ]
     decode = _open(model, quantisation, options, threads, free_bytes, progress, notes)
@@ -128,9 +130,10 @@ def _open(
     progress: Progress,
     notes: list[str],
 ) -> DecodeProgram:
+    block_size = _AUTO_BLOCK_SIZES.get(precision, 32)
     wanted = GraphOptions(
         precision=precision,
-        block_size=int(options.block_size) if precision.startswith("int") else 32,
+        block_size=block_size if options.block_size == "auto" else int(options.block_size),
         target=_TARGETS.get(options.provider, "cpu"),
     )
     exported = exported_graph(model, wanted, progress=progress)

@@ -1,8 +1,9 @@
 """Takes 4-bit weights over from a GGUF file into an exported graph, bit for bit, instead of rounding them again.
 
 GGUF's Q4_0 is MatMulNBits' own format in another order: blocks of 32 weights d * (q - 8), d a float16 that a float32
-scale holds exactly. Q4_1 adds a float minimum to each block; MatMulNBits' kernels that compute on the 4 bits take whole
-numbers for it only, so such weights stay as the builder rounded them.
+scale holds exactly. Q4_1 adds a float minimum to each block. MatMulNBits takes one too, but then unpacks all weights at
+every call: 1,210 us instead of 17 for one row of a 1536 x 576 weight on two Zen 5 cores. So such weights stay as the
+builder rounded them.
 """
 
 from __future__ import annotations
