@@ -58,6 +58,17 @@ def test_cpu_without_avx2_is_refused_by_name() -> None:
         best_isa(Cpu(model="old", flags=frozenset({"fma"})))
 
 
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp sve\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\nprocessor\t: 1\n"
+
+
+def test_arm_with_dot_products_takes_neon_and_without_is_refused() -> None:
+    cpu = Cpu.parse(ARM)
+    assert "0x41" in cpu.model
+    assert cpu.isas() == ["neon"]
+    with pytest.raises(KernelUnavailable, match=r"need asimd, asimddp; .*0xd40.* lacks asimddp"):
+        best_isa(Cpu.parse(ARM.replace("asimddp ", "")))
+
+
 def test_library_is_built_once(home: Path) -> None:
     first = building.build("avx2")
     assert building.build("avx2") == first

@@ -33,14 +33,21 @@ GENERATED = {"gemm_tiles.inc": gemm_tiles.generate, "group_tiles.inc": group_til
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 BUILD_TIMEOUT_S = 300
 
-ISAS = {"avx512": (), "avxvnni": ("-mno-avx512f",), "avx2": ("-mno-avx512f", "-mno-avxvnni")}
+ISAS = {"avx512": (), "avxvnni": ("-mno-avx512f",), "avx2": ("-mno-avx512f", "-mno-avxvnni"), "neon": ()}
 """Instruction sets, best first, and what to add to the flags of a CPU that could do more."""
 
 NEEDED = {
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c", "fma"},
     "avxvnni": {"avx2", "avx_vnni", "f16c", "fma"},
     "avx2": {"avx2", "f16c", "fma"},
+    "neon": {"asimd", "asimddp"},
 }
+
+LEAST = {"x86_64": "avx2", "aarch64": "neon"}
+"""The instruction set below which a machine is refused."""
+
+
+X86_IDENTITY = ("vendor_id", "cpu family", "model", "model name", "stepping")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +56,14 @@ class Cpu:
 
     model: str
     flags: frozenset[str]
+    machine: str = "x86_64"
 
     @staticmethod
     def detect() -> Cpu:
-        """Raises: KernelUnavailable on anything but Linux on x86-64."""
-        if platform.system() != "Linux" or platform.machine() != "x86_64":
+        """Raises: KernelUnavailable on anything but Linux on x86-64 or 64-bit Arm."""
+        if platform.system() != "Linux" or platform.machine() not in LEAST:
             found = f"{platform.system()} on {platform.machine()}"
-            raise KernelUnavailable(f"the CPU kernels need Linux on x86_64, found {found}")
+            raise KernelUnavailable(f"the CPU kernels need Linux on {' or '.join(LEAST)}, found {found}")
         return Cpu.parse(Path("/proc/cpuinfo").read_text())
 
     @staticmethod
@@ -63,8 +71,14 @@ class Cpu:
         """The first processor of a /proc/cpuinfo text."""
         fields = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
         named = {key.strip(): value.strip() for key, value in fields.items()}
-        identity = [named.get(key, "") for key in ("vendor_id", "cpu family", "model", "model name", "stepping")]
-        return Cpu(model=" ".join(identity), flags=frozenset(named.get("flags", "").split()))
+        is_arm = "Features" in named
+        parts = ("implementer", "architecture", "variant", "part", "revision")
+        keys = [f"CPU {part}" for part in parts] if is_arm else X86_IDENTITY
+        return Cpu(
+            model=" ".join(named.get(key, "") for key in keys),
+            flags=frozenset(named.get("Features" if is_arm else "flags", "").split()),
+            machine="aarch64" if is_arm else "x86_64",
+        )
 
     def isas(self) -> list[str]:
         """The instruction sets this CPU can run, best first."""
@@ -72,11 +86,12 @@ class Cpu:
 
 
 def best_isa(cpu: Cpu | None = None) -> str:
-    """Raises: KernelUnavailable if the CPU lacks AVX2, F16C or FMA."""
+    """Raises: KernelUnavailable if the CPU lacks AVX2, F16C or FMA, or on Arm the NEON dot product."""
     cpu = cpu or Cpu.detect()
     if not cpu.isas():
-        missing = ", ".join(sorted(NEEDED["avx2"] - cpu.flags))
-        raise KernelUnavailable(f"the CPU kernels need AVX2, F16C and FMA; {cpu.model} lacks {missing}")
+        needed = NEEDED[LEAST[cpu.machine]]
+        missing = ", ".join(sorted(needed - cpu.flags))
+        raise KernelUnavailable(f"the CPU kernels need {', '.join(sorted(needed))}; {cpu.model} lacks {missing}")
     return cpu.isas()[0]
 
 

@@ -41,8 +41,9 @@ class Shape:
 
 SHAPES = (
     Shape(guard="MXN_AVX512", max_rows=12, lanes=16, prefetch_rows=8),
-    Shape(guard="!MXN_AVX512 && defined(__AVXVNNI__)", max_rows=3, lanes=8, prefetch_rows=3),
-    Shape(guard="!MXN_AVX512 && !defined(__AVXVNNI__)", max_rows=2, lanes=8, prefetch_rows=2),
+    Shape(guard="MXN_AVX2 && defined(__AVXVNNI__)", max_rows=3, lanes=8, prefetch_rows=3),
+    Shape(guard="MXN_AVX2 && !defined(__AVXVNNI__)", max_rows=2, lanes=8, prefetch_rows=2),
+    Shape(guard="MXN_NEON", max_rows=3, lanes=4, prefetch_rows=3),
 )
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mxn_kernels.cpu.gemm_tiles import HEADER, PANEL, halves, input_of, row_pointers
+from mxn_kernels.cpu.gemm_tiles import HEADER, PANEL, input_of, row_pointers
 
 GROUP = 32
+FLOATS = 16
+"""Lanes of a vector of floats, half a panel."""
 _STEP_BYTES = 4 * PANEL
 SIGNATURE = (
     "template <Format F> static __attribute__((noinline)) void tile_{rows}"
@@ -26,16 +28,18 @@ class Shape:
     guard: str
     max_rows: int
     lanes: int
-    columns_at_once: int
+    halves_at_once: int
 
-    @property
-    def columns(self) -> range:
-        return range(PANEL // self.lanes)
+    def columns(self, half: int) -> range:
+        """The registers that hold sixteen channels of a panel."""
+        width = FLOATS // self.lanes
+        return range(half * width, (half + 1) * width)
 
 
 SHAPES = (
-    Shape(guard="MXN_AVX512", max_rows=6, lanes=16, columns_at_once=2),
-    Shape(guard="!MXN_AVX512", max_rows=2, lanes=8, columns_at_once=2),
+    Shape(guard="MXN_AVX512", max_rows=6, lanes=16, halves_at_once=2),
+    Shape(guard="MXN_AVX2", max_rows=2, lanes=8, halves_at_once=1),
+    Shape(guard="MXN_NEON", max_rows=2, lanes=4, halves_at_once=1),
 )
 
 
@@ -64,35 +68,40 @@ def _tile(shape: Shape, rows: int) -> Iterator[str]:
     yield "        for (int line = 0; line < group_bytes(F); line += 64) prefetch(w + line + PREFETCH_BYTES);"
     for r in range(rows):
         yield f"        const int32_t sum{r} = sums[{r} * groups + k / GROUP];"
-        start = f"set_i(-OFFSET * sum{r})"
-        yield "        VecI " + ", ".join(f"c{r}_{j} = {start}" for j in shape.columns) + ";"
-    for first in range(0, len(shape.columns), shape.columns_at_once):
-        columns = shape.columns[first : first + shape.columns_at_once]
-        yield "        if constexpr (F == Q8_0) {"
-        for step in range(GROUP // 4):
-            yield from _bytes(shape, rows, step, columns)
-        yield "        } else {"
-        for step in range(GROUP // 8):
-            yield from _nibbles(shape, rows, step, columns)
-        yield "        }"
     yield "        const half_t* scales = (const half_t*)(w + value_bytes(F));"
-    yield "        Vec16 d0 = load16_half(scales), d1 = load16_half(scales + LANES);"
-    for r in range(rows):
-        left, right = halves([f"c{r}_{j}" for j in shape.columns]).split("), ")
-        yield f"        f{r}_0 = fma(d0, {left}), f{r}_0), f{r}_1 = fma(d1, {right}, f{r}_1);"
-    yield "        if constexpr (F == Q4_1) {"
-    yield "            Vec16 m0 = load16_half(scales + PANEL), m1 = load16_half(scales + PANEL + LANES);"
-    for r in range(rows):
-        yield f"            Vec16 s{r} = set16((float)sum{r});"
-        yield f"            f{r}_0 = fma(m0, s{r}, f{r}_0), f{r}_1 = fma(m1, s{r}, f{r}_1);"
-    yield "        }"
+    for first in range(0, PANEL // FLOATS, shape.halves_at_once):
+        yield from _halves(shape, rows, range(first, first + shape.halves_at_once))
     yield "    }"
     for r in range(rows):
         yield f"    out.store(row + {r}, f{r}_0, f{r}_1);"
     yield "}"
 
 
-def _bytes(shape: Shape, rows: int, step: int, columns: range) -> Iterator[str]:
+def _halves(shape: Shape, rows: int, halves: range) -> Iterator[str]:
+    """A group's sums of some halves of the panel, scaled and added to the row's."""
+    columns = [j for half in halves for j in shape.columns(half)]
+    for r in range(rows):
+        yield "        VecI " + ", ".join(f"c{r}_{j} = set_i(-OFFSET * sum{r})" for j in columns) + ";"
+    yield "        if constexpr (F == Q8_0) {"
+    for step in range(GROUP // 4):
+        yield from _bytes(shape, rows, step, columns)
+    yield "        } else {"
+    for step in range(GROUP // 8):
+        yield from _nibbles(shape, rows, step, columns)
+    yield "        }"
+    for half in halves:
+        yield f"        Vec16 d{half} = load16_half(scales + {half} * LANES);"
+        for r in range(rows):
+            sums = ", ".join(f"c{r}_{j}" for j in shape.columns(half))
+            yield f"        f{r}_{half} = fma(d{half}, real({sums}), f{r}_{half});"
+        yield "        if constexpr (F == Q4_1) {"
+        yield f"            Vec16 m = load16_half(scales + PANEL + {half} * LANES);"
+        for r in range(rows):
+            yield f"            f{r}_{half} = fma(m, set16((float)sum{r}), f{r}_{half});"
+        yield "        }"
+
+
+def _bytes(shape: Shape, rows: int, step: int, columns: list[int]) -> Iterator[str]:
     yield "            {"
     for j in columns:
         yield f"                VecI w{j} = load_weights(w + {_STEP_BYTES * step + 4 * shape.lanes * j});"
@@ -102,7 +111,7 @@ def _bytes(shape: Shape, rows: int, step: int, columns: range) -> Iterator[str]:
     yield "            }"
 
 
-def _nibbles(shape: Shape, rows: int, step: int, columns: range) -> Iterator[str]:
+def _nibbles(shape: Shape, rows: int, step: int, columns: list[int]) -> Iterator[str]:
     yield "            {"
     for j in columns:
         yield f"                VecI b{j} = load_nibbles(w + {_STEP_BYTES * step + 4 * shape.lanes * j});"

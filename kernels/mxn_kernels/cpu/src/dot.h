@@ -23,6 +23,24 @@ MXN_INLINE Inputs broadcast_inputs(const int8_t* p) { return _mm512_set1_epi32(*
 MXN_INLINE Vec16 real(VecI s) { return {_mm512_cvtepi32_ps(s)}; }
 #define DOT(sum, weights, inputs) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weights), "v"(inputs))
 
+#elif MXN_NEON
+typedef int32x4_t VecI;
+typedef int8x16_t Inputs;
+constexpr int WEIGHT_OFFSET = 0;
+MXN_INLINE VecI set_i(int32_t x) { return vdupq_n_s32(x); }
+MXN_INLINE VecI zero_i() { return set_i(0); }
+MXN_INLINE VecI add_i(VecI a, VecI b) { return vaddq_s32(a, b); }
+MXN_INLINE VecI sub_i(VecI a, VecI b) { return vsubq_s32(a, b); }
+MXN_INLINE VecI load_weights(const uint8_t* p) { return vreinterpretq_s32_u8(veorq_u8(vld1q_u8(p), vdupq_n_u8(128))); }
+MXN_INLINE VecI load_nibbles(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+MXN_INLINE VecI low_nibbles(VecI x) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(x), vdupq_n_u8(15))); }
+MXN_INLINE VecI high_nibbles(VecI x) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(x), 4)); }
+MXN_INLINE Inputs broadcast_inputs(const int8_t* p) { return vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t*)p)); }
+MXN_INLINE Vec16 real(VecI a, VecI b, VecI c, VecI d) {
+    return {vcvtq_f32_s32(a), vcvtq_f32_s32(b), vcvtq_f32_s32(c), vcvtq_f32_s32(d)};
+}
+#define DOT(sum, weights, inputs) sum = vdotq_s32(sum, vreinterpretq_s8_s32(weights), inputs)
+
 #else
 typedef __m256i VecI;
 MXN_INLINE VecI zero_i() { return _mm256_setzero_si256(); }

@@ -18,6 +18,19 @@ MXN_INLINE __m512i round16(Vec16 x, int8_t* q) {
     return v;
 }
 MXN_INLINE int32_t sum_i(__m512i v) { return _mm512_reduce_add_epi32(v); }
+#elif MXN_NEON
+MXN_INLINE int32x4_t max_bits(int32x4_t m, Vec16 x) {
+    auto bits = [](float32x4_t v) { return vreinterpretq_s32_f32(vabsq_f32(v)); };
+    return vmaxq_s32(m, vmaxq_s32(vmaxq_s32(bits(x.a), bits(x.b)), vmaxq_s32(bits(x.c), bits(x.d))));
+}
+MXN_INLINE uint32_t largest(int32x4_t m) { return vmaxvq_s32(m); }
+MXN_INLINE int32x4_t round16(Vec16 x, int8_t* q) {
+    int32x4_t a = vcvtnq_s32_f32(x.a), b = vcvtnq_s32_f32(x.b), c = vcvtnq_s32_f32(x.c), d = vcvtnq_s32_f32(x.d);
+    int16x8_t lo = vcombine_s16(vqmovn_s32(a), vqmovn_s32(b)), hi = vcombine_s16(vqmovn_s32(c), vqmovn_s32(d));
+    vst1q_s8(q, vcombine_s8(vqmovn_s16(lo), vqmovn_s16(hi)));
+    return vaddq_s32(vaddq_s32(a, b), vaddq_s32(c, d));
+}
+MXN_INLINE int32_t sum_i(int32x4_t v) { return vaddvq_s32(v); }
 #else
 MXN_INLINE __m256i max_bits(__m256i m, Vec16 x) {
     __m256i mask = _mm256_set1_epi32(0x7fffffff);

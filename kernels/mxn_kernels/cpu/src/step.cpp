@@ -113,8 +113,8 @@ size_t Step::lay_out(char* base) {
         const Layer& y = decoder.layers[l];
         qkv_max = std::max(qkv_max, qkv_width(y));
         attended_max = std::max(attended_max, y.out->k);
-        gated_max = std::max(gated_max, y.down->k);
-        depth = std::max({depth, y.out->depth(), y.down->depth(), y.gate->depth()});
+        depth = std::max(depth, std::max(y.qkv[0]->depth(), y.out->depth()));
+        if (y.down) gated_max = std::max(gated_max, y.down->k), depth = std::max(depth, y.down->depth());
         partial_bytes = std::max(partial_bytes, plans[plan_of[l]].partials_bytes(call_of(l)));
     }
     bool has_groups = decoder.head->format != INT8;
@@ -186,6 +186,7 @@ void Step::list_stages() {
         add(MERGE, &Step::merge, (long)plan.merges.size(), l);
         add_rows(QUANTISE, &Step::quantise, tokens, nullptr, attended, y.out->k);
         add_residual(OUT, y, &y.out, y.after_attention);
+        if (!y.gate) continue;
         add_rows(QUANTISE, &Step::quantise, tokens, &y.before_mlp, hidden, width);
         add_product(GATE_UP, &Step::multiply_gated, tokens, &y.gate, 1, {gated, y.down->k, (Combine)y.activation}).layer = l;
         add_rows(QUANTISE, &Step::quantise, tokens, nullptr, gated, y.down->k);

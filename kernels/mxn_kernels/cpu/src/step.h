@@ -22,7 +22,7 @@ constexpr int MAX_QKV = 3;
 struct Layer {
     Norm before_attention, query_norm, key_norm, after_attention, before_mlp, after_mlp;
     const PackedWeight* qkv[MAX_QKV];  // q, k and v, or all in one; the rest null
-    const PackedWeight *out, *gate, *up, *down;
+    const PackedWeight *out, *gate, *up, *down;  // the last three null: the layer ends with its attention
     const LayerCache* cache;
     const float* sinks;  // null: none
     Rotation rotation;

@@ -4,7 +4,6 @@
 // somebody has begun: a thread that sleeps, or that the system keeps from running, is not waited for. (With OpenMP one busy
 // neighbour made a step twenty times slower: the caller spun for a thread that could not run.)
 #pragma once
-#include <immintrin.h>
 #include <pthread.h>
 #include <sched.h>
 #include <atomic>
@@ -16,6 +15,15 @@
 #include <vector>
 
 constexpr size_t CACHE_LINE = 64;
+
+// Tells the core that this thread only waits.
+static inline void idle() {
+#if defined(__aarch64__)
+    asm volatile("yield");
+#else
+    __builtin_ia32_pause();
+#endif
+}
 
 class Team {
    public:
@@ -98,7 +106,7 @@ class Team {
     }
 
     static void pause(int* spins) {
-        _mm_pause();
+        idle();
         if (++*spins % SPINS_BEFORE_YIELD == 0) sched_yield();
     }
 
@@ -140,7 +148,7 @@ class Team {
                 since = std::chrono::steady_clock::now();
                 continue;
             }
-            for (int i = 0; i < 32; i++) _mm_pause();
+            for (int i = 0; i < 32; i++) idle();
             if (std::chrono::steady_clock::now() - since < AWAKE) continue;
             std::unique_lock<std::mutex> lock(mutex);
             sleepers.fetch_add(1);
