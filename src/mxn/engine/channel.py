@@ -10,6 +10,8 @@ import msgspec
 from mxn.engine.messages import MAX_FRAME_BYTES, ToGateway, ToReplica
 from mxn.errors import MxnError
 
+_HEAD_BYTES = 4
+_READ_BYTES = 1 << 18
 _encode = msgspec.msgpack.Encoder().encode
 _to_gateway: msgspec.msgpack.Decoder[ToGateway] = msgspec.msgpack.Decoder(ToGateway)
 _to_replica: msgspec.msgpack.Decoder[ToReplica] = msgspec.msgpack.Decoder(ToReplica)
@@ -28,11 +30,15 @@ def pack(message: ToGateway | ToReplica) -> bytes:
 
 
 class ReplicaChannel:
-    """The replica's end: blocking, one reader thread and one writer thread."""
+    """The replica's end. One thread reads, by `receive` or by `receive_ready`; one thread sends."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._reader = connection.makefile("rb")
+        self._buffer = bytearray()
+
+    def fileno(self) -> int:
+        """What a loop watches to know when `receive_ready` has something."""
+        return self._connection.fileno()
 
     def send(self, message: ToGateway) -> None:
         """Sends one message. Raises: OSError when the gateway is gone."""
@@ -40,22 +46,46 @@ class ReplicaChannel:
 
     def receive(self) -> ToReplica | None:
         """The next message, or None when the gateway closed the connection."""
-        head = self._reader.read(4)
-        if len(head) < 4:
+        while (message := self._take()) is None:
+            data = self._connection.recv(_READ_BYTES)
+            if not data:
+                return None
+            self._buffer += data
+        return message
+
+    def receive_ready(self) -> list[ToReplica | None]:
+        """The messages that are there already; the last is None when the gateway closed the connection."""
+        is_closed = False
+        while not is_closed:
+            try:
+                data = self._connection.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            self._buffer += data
+            is_closed = not data
+        messages: list[ToReplica | None] = []
+        while (message := self._take()) is not None:
+            messages.append(message)
+        return [*messages, None] if is_closed else messages
+
+    def close(self) -> None:
+        """Closes the connection; the gateway sees its end."""
+        self._connection.close()
+
+    def _take(self) -> ToReplica | None:
+        """The first message of the buffer, or None while it is not whole."""
+        buffer = self._buffer
+        if len(buffer) < _HEAD_BYTES:
             return None
-        size = _checked_size(head)
-        body = self._reader.read(size)
-        if len(body) < size:
+        end = _HEAD_BYTES + _checked_size(bytes(buffer[:_HEAD_BYTES]))
+        if len(buffer) < end:
             return None
+        body = bytes(buffer[_HEAD_BYTES:end])
+        del buffer[:end]
         try:
             return _to_replica.decode(body)
         except msgspec.MsgspecError as error:
             raise ChannelError(f"unreadable message from the gateway: {error}") from error
-
-    def close(self) -> None:
-        """Closes the connection; the gateway sees its end."""
-        self._reader.close()
-        self._connection.close()
 
 
 async def receive_from_replica(reader: asyncio.StreamReader) -> ToGateway | None:

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 
 from mxn.backends.base import Backend, Executor
 from mxn.backends.registry import load_backend
@@ -51,16 +50,12 @@ IDLE_REPORT_S = 5.0
 
 
 class Inbox:
-    """Messages from the gateway, filled by a reader thread, which then calls `on_arrival`.
-
-    None means that the gateway is gone.
-    """
+    """Messages from the gateway, filled by a reader thread. None means that the gateway is gone."""
 
     def __init__(self, channel: ReplicaChannel) -> None:
         self._messages: deque[ToReplica | None] = deque()
         self._arrived = threading.Event()
         self._channel = channel
-        self.on_arrival: Callable[[], None] = lambda: None
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
     def take(self, *, wait: bool, at_most_s: float | None = None) -> list[ToReplica | None]:
@@ -83,19 +78,17 @@ class Inbox:
                 message = None
             self._messages.append(message)
             self._arrived.set()
-            self.on_arrival()
             if message is None:
                 return
 
 
 def run(channel: ReplicaChannel) -> int:
     """Serves one replica; returns the exit code."""
-    inbox = Inbox(channel)
-    first = inbox.take(wait=True)
-    if not first or not isinstance(first[0], Load):
+    first = channel.receive()
+    if not isinstance(first, Load):
         return 0  # the gateway left before it said what to load
     try:
-        runner, info = _load(first[0], channel)
+        runner, info = _load(first, channel)
     except MxnError as error:
         channel.send(LoadFailed(type(error).__name__, str(error)))
         return EXIT_LOAD_FAILED
@@ -106,8 +99,9 @@ def run(channel: ReplicaChannel) -> int:
     channel.send(Ready(info))
     try:
         if isinstance(runner, ServerReplica):
-            return runner.serve(inbox, channel.send, first[1:])
-        return _serve(runner, inbox, channel, first[1:])
+            runner.serve(channel)
+            return 0
+        return _serve(runner, Inbox(channel), channel)
     except ServerDiedError as error:
         log.critical("%s", error)
         return EXIT_SERVER_DIED
@@ -136,7 +130,7 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | ServerReplic
     settings = message.settings
     backend = load_backend(message.backend)
     if type(backend).serve is not Backend.serve:
-        return ServerReplica.start(backend, message, progress, seconds)
+        return ServerReplica.start(backend, message, channel, progress, seconds)
     executor = backend.load(message.model, settings, message.chips, progress)
     progress("load", 1.0)
     progress("warm-up", 0.0)
@@ -183,12 +177,12 @@ def _describe(message: Load, executor: Executor, engine: Engine, load_s: dict[st
     )
 
 
-def _serve(engine: Engine, inbox: Inbox, channel: ReplicaChannel, pending: list[ToReplica | None]) -> int:
+def _serve(engine: Engine, inbox: Inbox, channel: ReplicaChannel) -> int:
     is_stopping = False
     while True:
         outputs: list[SequenceOutput] = []
-        is_idle = not engine.has_work and not is_stopping and not pending
-        messages = [*pending, *inbox.take(wait=is_idle, at_most_s=IDLE_REPORT_S)]
+        is_idle = not engine.has_work and not is_stopping
+        messages = inbox.take(wait=is_idle, at_most_s=IDLE_REPORT_S)
         if is_idle:
             engine.settle_energy()
         for message in messages:
@@ -198,7 +192,6 @@ def _serve(engine: Engine, inbox: Inbox, channel: ReplicaChannel, pending: list[
                 is_stopping = True
             else:
                 outputs += _handle(engine, message)
-        pending = []
         outputs += engine.step()
         if outputs or not engine.has_work:
             channel.send(StepDone(outputs, engine.stats))

@@ -89,10 +89,11 @@ class ServerProcess:
         """True when a server that was started runs no more."""
         return self._exited.is_set()
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Returns when the server answers its readiness path with 200.
 
-        Raises: BackendError with its last lines when it ends first or takes too long; it has been stopped then.
+        Raises: BackendError with its last lines when it ends first, takes too long, or is not wanted any more; it has
+        been stopped then.
         """
         spec = self._spec
         deadline_s = time.monotonic() + spec.ready_timeout_s
@@ -107,6 +108,9 @@ class ServerProcess:
                         return
                 except httpx.HTTPError as error:
                     said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+                if not is_wanted():
+                    self.stop()
+                    raise BackendError(f"nobody waits for {self.name} any more")
                 if time.monotonic() > deadline_s:
                     break
         except httpx.InvalidURL as error:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from mxn.core.request import FinishReason, SequenceOutput, SequenceRequest
+from mxn.engine.channel import ChannelError, ReplicaChannel
 from mxn.engine.http_stream import ConnectionPool, TransportError
-from mxn.engine.messages import Abort, ResetPrefixCache, Start, StepDone, Stop, ToReplica
+from mxn.engine.messages import Abort, ResetPrefixCache, Start, StepDone, Stop
 from mxn.engine.proxy.dialects import Delta, Dialect, body_error
 from mxn.engine.proxy.process import ServerProcess
 from mxn.engine.stats import EngineStats
@@ -62,43 +63,34 @@ class Proxy:
         self._arrivals = itertools.count()
         self._streams: dict[int, _Stream] = {}
         self._outputs: list[SequenceOutput] = []
+        self._has_flush = False
         self._busy_since_s = 0.0
         self._is_stopping = False
         self._send: Callable[[StepDone], None] = lambda message: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Future[None] | None = None
 
-    async def serve(
-        self,
-        take: Callable[[], Iterable[ToReplica | None]],
-        send: Callable[[StepDone], None],
-        on_arrival: Callable[[Callable[[], None]], None],
-    ) -> None:
-        """Handles messages until told to stop or the gateway is gone.
+    async def serve(self, channel: ReplicaChannel) -> None:
+        """Handles the gateway's messages until told to stop or the gateway is gone.
 
-        take: gives the messages so far. on_arrival: is told what to call, from any thread, when there are more.
-        Raises: ServerDiedError; OSError when the gateway cannot be written to.
+        Raises: ServerDiedError; ChannelError and OSError when the gateway cannot be read from or written to.
         """
         self._loop = loop = asyncio.get_running_loop()
-        self._end, self._send = loop.create_future(), send
+        self._end, self._send = loop.create_future(), channel.send
 
-        def call(function: Callable[[], None]) -> Callable[[], None]:
-            """A way to call it on this loop from another thread."""
+        def died() -> None:
+            loop.call_soon_threadsafe(self._fail)
 
-            def call_soon() -> None:
-                loop.call_soon_threadsafe(function)
-
-            return call_soon
-
-        self._server.on_exit = call(self._fail)
-        on_arrival(call(lambda: self._handle(take)))
-        self._handle(take)
+        self._server.on_exit = died
+        loop.add_reader(channel.fileno(), self._receive, channel)
         if self._server.has_exited:
             self._fail()
         watch = asyncio.create_task(self._watch())
         try:
             await self._end
         finally:
+            loop.remove_reader(channel.fileno())
+            self._server.on_exit = None
             watch.cancel()
             tasks = [stream.task for stream in self._streams.values() if stream.task is not None]
             for task in tasks:
@@ -108,8 +100,13 @@ class Proxy:
 
     # ------------------------------------------------------------------ messages
 
-    def _handle(self, take: Callable[[], Iterable[ToReplica | None]]) -> None:
-        for message in take():
+    def _receive(self, channel: ReplicaChannel) -> None:
+        try:
+            messages = channel.receive_ready()
+        except (ChannelError, OSError) as error:
+            self._finish(error)
+            return
+        for message in messages:
             if message is None:
                 self._finish()
             elif isinstance(message, Start):
@@ -144,7 +141,9 @@ class Proxy:
         while self._waiting and len(self._streams) < self._max_num_seqs:
             self._start(heapq.heappop(self._waiting)[2])
         self.stats.num_running, self.stats.num_waiting = len(self._streams), len(self._waiting)
-        if self._is_stopping and not self._streams and not self._waiting and not self._outputs:
+        if self._outputs:
+            self._flush_soon()
+        elif self._is_stopping and not self._streams and not self._waiting:
             self._finish()
 
     def _start(self, request: SequenceRequest) -> None:
@@ -206,6 +205,10 @@ class Proxy:
         for line in lines:
             if line.startswith(b"data:") and not stream.has_ended:
                 self._event(stream, line[5:].strip())
+        if len(self._streams) == 1:
+            self._flush()  # no other output can come in this turn
+        else:
+            self._flush_soon()
 
     def _event(self, stream: _Stream, event: bytes) -> None:
         if event == b"[DONE]":
@@ -312,13 +315,19 @@ class Proxy:
                 stats.num_failed += 1
             else:
                 stats.num_finished += 1
-        if not self._outputs and self._loop is not None:
-            self._loop.call_soon(self._flush)
         self._outputs.append(output)
 
+    def _flush_soon(self) -> None:
+        """Sends what comes in this turn of the loop as one message, once the turn is over."""
+        if not self._has_flush and self._loop is not None:
+            self._has_flush = True
+            self._loop.call_soon(self._flush)
+
     def _flush(self) -> None:
-        """Sends what came in this turn of the loop as one message."""
+        self._has_flush = False
         outputs, self._outputs = self._outputs, []
+        if not outputs:
+            return
         try:
             self._send(StepDone(outputs, self.stats))
         except OSError as error:

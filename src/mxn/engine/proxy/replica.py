@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from mxn.backends.base import Backend, LoadProgress, ServerSpec
-from mxn.engine.messages import Load, ReplicaInfo, StepDone, ToReplica
+from mxn.engine.channel import ReplicaChannel
+from mxn.engine.messages import Load, ReplicaInfo
 from mxn.engine.proxy.dialects import DIALECTS, Dialect
 from mxn.engine.proxy.process import ServerProcess
 from mxn.engine.proxy.proxy import Proxy
 from mxn.engine.tokenizer import Tokenizer
 from mxn.errors import BackendError
-
-
-class Messages(Protocol):
-    """Where messages from the gateway come from; `on_arrival` is called from another thread when there are more."""
-
-    on_arrival: Callable[[], None]
-
-    def take(self, *, wait: bool) -> list[ToReplica | None]:
-        """All messages so far."""
 
 
 class ServerReplica:
@@ -34,9 +24,14 @@ class ServerReplica:
 
     @classmethod
     def start(
-        cls, backend: Backend, message: Load, progress: LoadProgress, load_s: dict[str, float]
+        cls,
+        backend: Backend,
+        message: Load,
+        channel: ReplicaChannel,
+        progress: LoadProgress,
+        load_s: dict[str, float],
     ) -> tuple[ServerReplica, ReplicaInfo]:
-        """Starts the backend's server and waits until it is ready.
+        """Starts the backend's server and waits until it is ready, or the gateway, which says nothing now, is gone.
 
         Raises: MxnError with the cause; nothing is left running then.
         """
@@ -46,7 +41,7 @@ class ServerReplica:
         progress("server", 0.0)
         server = ServerProcess(spec)
         try:
-            server.wait_until_ready()
+            server.wait_until_ready(is_wanted=lambda: not channel.receive_ready())
             max_context = _max_context(server, spec)
         except BaseException:
             server.stop()
@@ -55,26 +50,12 @@ class ServerReplica:
         info = _describe(message, spec, dialect, server, max_context, load_s)
         return cls(server, Proxy(server, dialect, max_num_seqs=spec.max_num_seqs)), info
 
-    def serve(self, inbox: Messages, send: Callable[[StepDone], None], pending: Sequence[ToReplica | None]) -> int:
-        """Handles messages, those pending first, until told to stop; returns the exit code.
+    def serve(self, channel: ReplicaChannel) -> None:
+        """Handles the gateway's messages until told to stop or the gateway is gone.
 
-        Raises: ServerDiedError; OSError when the gateway is gone.
+        Raises: ServerDiedError; OSError when the gateway cannot be written to.
         """
-        first = list(pending)
-
-        def take() -> list[ToReplica | None]:
-            messages = [*first, *inbox.take(wait=False)]
-            first.clear()
-            return messages
-
-        def tell(wake: Callable[[], None]) -> None:
-            inbox.on_arrival = wake
-
-        try:
-            asyncio.run(self._proxy.serve(take, send, tell))
-        finally:
-            inbox.on_arrival = lambda: None
-        return 0
+        asyncio.run(self._proxy.serve(channel))
 
     def close(self) -> None:
         """Ends the server."""
