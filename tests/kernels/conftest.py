@@ -8,7 +8,6 @@ import pytest
 from mxn_kernels import KernelUnavailable
 from mxn_kernels.cpu import ISAS, Workspace, load_library
 
-
 IS_ARM = platform.machine() == "aarch64"
 
 
