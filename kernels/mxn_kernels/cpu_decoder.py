@@ -39,17 +39,18 @@ class Layer:
 
     qkv: q, k and v, or one weight that holds them in that order. window: tokens a query sees including itself.
     residual_factor: what a sublayer's result is multiplied with before it is added.
+    gate, up, down: all None where the layer ends with its attention and something else computes the rest.
     """
 
     qkv: tuple[PackedWeight, ...]
     out: PackedWeight
-    gate: PackedWeight
-    up: PackedWeight
-    down: PackedWeight
     cache: LayerCache
     num_heads: int
     scaling: float
-    activation: Activation
+    gate: PackedWeight | None = None
+    up: PackedWeight | None = None
+    down: PackedWeight | None = None
+    activation: Activation = "silu"
     before_attention: Norm | None = None
     after_attention: Norm | None = None
     before_mlp: Norm | None = None
@@ -105,9 +106,7 @@ def _check_layer(layer: Layer, hidden: int) -> None:
     for weight, width in zip(layer.qkv, widths, strict=True):
         _check_weight("qkv", weight, (width, hidden))
     _check_weight("out", layer.out, (hidden, layer.num_heads * cache.value_dim))
-    for name in ("gate", "up"):
-        _check_weight(name, getattr(layer, name), (layer.down.k, hidden))
-    _check_weight("down", layer.down, (hidden, layer.down.k))
+    _check_mlp(layer, hidden)
     for name in ("before_attention", "after_attention", "before_mlp", "after_mlp"):
         _check_norm(name, getattr(layer, name), hidden)
     for name, width in (("query_norm", queries), ("key_norm", keys)):
@@ -128,6 +127,17 @@ def _check_layer(layer: Layer, hidden: int) -> None:
         raise ValueError(f"softcap must be None or positive, found {layer.softcap}")
     if layer.activation not in _COMBINE:
         raise ValueError(f"activation must be one of {', '.join(_COMBINE)}, found {layer.activation}")
+
+
+def _check_mlp(layer: Layer, hidden: int) -> None:
+    missing = [name for name in ("gate", "up", "down") if getattr(layer, name) is None]
+    if len(missing) == 3:
+        return
+    if missing:
+        raise ValueError(f"gate, up and down must be there together, {', '.join(missing)} is not")
+    for name in ("gate", "up"):
+        _check_weight(name, getattr(layer, name), (layer.down.k, hidden))
+    _check_weight("down", layer.down, (hidden, layer.down.k))
 
 
 def _check_weight(name: str, weight: PackedWeight, shape: tuple[int, int]) -> None:
@@ -203,7 +213,7 @@ def _layer_struct(layer: Layer) -> _Layer:
     return _Layer(
         *(_norm_struct(getattr(layer, name)) for name in _NORMS),
         (ctypes.c_void_p * _MAX_QKV)(*(weight.address for weight in layer.qkv)),
-        *(getattr(layer, name).address for name in _WEIGHTS),
+        *(None if weight is None else weight.address for weight in (getattr(layer, name) for name in _WEIGHTS)),
         layer.cache.address,
         None if layer.sinks is None else layer.sinks.data_ptr(),
         rotation,

@@ -215,6 +215,7 @@ def test_index_outside_its_table_is_refused(workspace: Workspace, change: dict[s
         ({"rotation": Rotation(cos=torch.ones(9, 9), sin=torch.ones(9, 9))}, "at most 8"),
         ({"rotation": Rotation(cos=torch.ones(9, 8), sin=torch.ones(8, 8))}, "rotation.sin must be"),
         ({"sinks": torch.ones(3)}, r"sinks must be contiguous float32 \(4,\)"),
+        ({"down": None}, "gate, up and down must be there together, down is not"),
         ({"window": 0}, "window must be None or at least 1, found 0"),
         ({"softcap": -1.0}, "softcap must be None or positive"),
         ({"activation": "relu"}, "activation must be one of silu, gelu_tanh, found relu"),

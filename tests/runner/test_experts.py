@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ import transformers
 from torch import nn
 
 from mxn.attention.paged import prepare_cpu_kernels
+from mxn.core.model import LoadSettings
 from mxn.errors import KernelUnavailableError, ModelError
+from mxn.runner.cpu import load_cpu_runner
 from mxn.runner.experts import KernelExperts, NotExperts, recognise_experts
 from mxn.runner.quantise import quantise_int8
 
@@ -143,3 +146,30 @@ def test_weights_that_do_not_fit_are_named() -> None:
     module.gate_up_proj, module.down_proj = (nn.Parameter(torch.ones(2, 6, 4)), nn.Parameter(torch.ones(2, 5, 3)))
     with pytest.raises(NotExperts, match=r"gate_up_proj \(2, 6, 4\) and down_proj \(2, 5, 3\) do not fit"):
         recognise_experts(module)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe"])
+def test_attention_of_each_layer_runs_as_a_program_beside_the_experts(
+    family: str, make_model: Callable[..., Any], decode: Callable[..., list[list[int]]]
+) -> None:
+    _, saved = make_model(family)
+
+    def load(program: str) -> Any:
+        settings = LoadSettings(quantisation="int8", kv_bytes=2**22, max_num_seqs=8, options=(("program", program),))
+        return load_cpu_runner(
+            saved, settings, cores=1, free_bytes=lambda: 2**32, progress=lambda phase, fraction: None
+        )
+
+    programs, modules = load("step"), load("modules")
+    assert (programs.program, modules.program) == ("layer programs", "transformers modules")
+    prompts = [list(range(3, 24)), [5], list(range(60, 73))]
+    found = decode(programs, prompts, 8, budget=200)
+    assert found == decode(programs, prompts, 8, budget=9)
+    # Both sides round alike, so tokens differ only where a last bit tips a rounding or a tie between experts.
+    expected = decode(modules, prompts, 8, budget=200)
+    same = [
+        a == b
+        for of_found, of_expected in zip(found, expected, strict=True)
+        for a, b in zip(of_found, of_expected, strict=True)
+    ]
+    assert sum(same) >= 0.75 * len(same)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,9 @@ QUESTIONS = (
     "List three prime numbers, then explain in one sentence why the number one is not among them, and who minds.",
     "x",
 )
+CODE_MODULES = "heapq bisect textwrap queue shlex"
+"""Their source text: it differs a little between versions of Python, for both sides of a comparison alike."""
+
 TEXT_MODULES = "decimal argparse random heapq difflib string textwrap zipfile doctest pickle statistics optparse"
 
 
@@ -90,13 +94,22 @@ def mean_nll(runner: Any, ids: list[int]) -> float:
     return total / count
 
 
-def test_int8_likelihood_is_within_two_percent_of_fp32(smollm2: Model, kernels: None) -> None:
+def prose() -> str:
     text = "\n\n".join(importlib.import_module(name).__doc__ or "" for name in TEXT_MODULES.split())
-    ids = encode(smollm2.folder, re.sub(r">>>.*|\.\.\. .*", "", text))[:2000]
+    return re.sub(r">>>.*|\.\.\. .*", "", text)
+
+
+def code() -> str:
+    return "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in CODE_MODULES.split())
+
+
+@pytest.mark.parametrize("text", [prose, code])
+def test_int8_likelihood_is_within_two_percent_of_fp32(text: Callable[[], str], smollm2: Model, kernels: None) -> None:
+    ids = encode(smollm2.folder, text())[:2000]
     assert len(ids) == 2000
     fp32 = mean_nll(load(smollm2, "fp32"), ids)
     int8 = mean_nll(load(smollm2, "int8"), ids)
-    print(f"mean negative log-likelihood: fp32 {fp32:.4f}, int8 {int8:.4f} ({int8 / fp32 - 1:+.2%})")
+    print(f"mean negative log-likelihood of {text.__name__}: fp32 {fp32:.4f}, int8 {int8:.4f} ({int8 / fp32 - 1:+.2%})")
     assert abs(int8 / fp32 - 1) < 0.02
 
 
@@ -116,8 +129,7 @@ def test_the_same_int8_tokens_whatever_else_is_in_the_batch(
 
 
 def test_step_program_has_the_likelihood_of_the_modules(smollm2: Model, kernels: None) -> None:
-    text = "\n\n".join(importlib.import_module(name).__doc__ or "" for name in TEXT_MODULES.split())
-    ids = encode(smollm2.folder, re.sub(r">>>.*|\.\.\. .*", "", text))[:2000]
+    ids = encode(smollm2.folder, prose())[:2000]
     step, modules = load(smollm2, "int8"), load(smollm2, "int8", options=(("program", "modules"),))
     assert step.notes[-1].startswith("forward: step program")
     found, expected = mean_nll(step, ids), mean_nll(modules, ids)

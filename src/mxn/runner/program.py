@@ -26,7 +26,8 @@ from mxn.core.request import SamplingParams
 from mxn.errors import OutOfMemoryError, UnsupportedModelError
 from mxn.runner.forward import ForwardProgram, ModuleForward
 from mxn.runner.inputs import StepInputs, build_inputs
-from mxn.runner.recognise import NotRecognised, Observation, observe, recognise
+from mxn.runner.recognise import NotRecognised, Observation, has_experts, norm_roles, observe, recognise
+from mxn.runner.sampler import argmax
 from mxn.store.spec import spec_from_config
 
 MAX_ERROR = 0.01
@@ -70,6 +71,46 @@ class StepForward:
         return token_ids.tolist(), best.numpy()
 
 
+class LayerForward:
+    """Runs a decoder with mixtures of experts: attention of a layer in one call, then its mixture as a module."""
+
+    name = "layer programs"
+
+    def __init__(
+        self, step: DecoderStep, mixtures: Sequence[Callable[[torch.Tensor], torch.Tensor] | None], error: float
+    ) -> None:
+        """Args: mixtures: per layer what follows its program, or None where that is all."""
+        self.detail = f"experts by modules, within {error:.1g} of transformers modules"
+        self._step, self._mixtures = step, tuple(mixtures)
+
+    @property
+    def workspace(self) -> Workspace:
+        """What its programs compute with; another one may be set between steps."""
+        return self._step.workspace
+
+    @workspace.setter
+    def workspace(self, workspace: Workspace) -> None:
+        self._step.workspace = workspace
+
+    def __call__(self, inputs: StepInputs) -> torch.Tensor:
+        try:
+            return self._logits(inputs)
+        except MemoryError as error:
+            raise OutOfMemoryError(str(error)) from error
+
+    def greedy(self, inputs: StepInputs) -> tuple[list[int], np.ndarray]:
+        return argmax(self(inputs))
+
+    def _logits(self, inputs: StepInputs) -> torch.Tensor:
+        batch, positions = _paged(inputs), inputs.positions[0]
+        hidden = self._step.embed(inputs.token_ids[0], positions, batch)
+        for layer, mixture in enumerate(self._mixtures):
+            hidden = self._step.run_layer(layer, hidden, positions, batch)
+            if mixture is not None:
+                hidden = mixture(hidden)
+        return self._step.project(hidden, positions, batch, inputs.logit_rows)
+
+
 def choose_program(
     model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None], *, wanted: str
 ) -> ForwardProgram:
@@ -81,12 +122,14 @@ def choose_program(
     if wanted == "modules":
         return modules
     try:
-        return StepForward(*make_step(model, attention, windows))
+        step, error = make_step(model, attention, windows)
     except NotRecognised as reason:
         if wanted == "step":
             raise UnsupportedModelError(f"no step program for {type(model).__name__}: {reason}") from reason
         modules.detail = f"no step program: {reason}"
         return modules
+    mixtures = find_mixtures(model)
+    return LayerForward(step, mixtures, error) if any(mixtures) else StepForward(step, error)
 
 
 @torch.inference_mode()
@@ -113,11 +156,37 @@ def make_step(
                 step = DecoderStep(recognise(model, attention, seen, num_positions), attention.workspace)
             except ValueError as error:
                 raise NotRecognised(str(error)) from error
-        error = max(error, compare(step, seen))
+        error = max(error, compare(step, seen, find_mixtures(model)))
     return step, error
 
 
-def compare(step: DecoderStep, seen: Observation) -> float:
+def find_mixtures(model: PreTrainedModel) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:
+    """Per layer: from the hidden states (T, hidden size) after attention to those after its mixture of experts."""
+
+    def mixture(layer: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        mlp = getattr(layer, "mlp", None)
+        if mlp is None or not has_experts(mlp):
+            return None
+        norms = {role: getattr(layer, name) for name, role in norm_roles(layer).items()}
+        factor = float(getattr(layer, "residual_multiplier", 1.0))
+
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            x = norms["before_mlp"](hidden) if "before_mlp" in norms else hidden
+            given = mlp(x[None])
+            given = (given[0] if isinstance(given, tuple) else given).view_as(hidden)
+            given = norms["after_mlp"](given) if "after_mlp" in norms else given
+            return hidden + given * factor
+
+        return run
+
+    return [mixture(layer) for layer in model.base_model.layers]
+
+
+def compare(
+    step: DecoderStep,
+    seen: Observation,
+    mixtures: Sequence[Callable[[torch.Tensor], torch.Tensor] | None] | None = None,
+) -> float:
     """Every part of the program against what the modules gave for the same input; the largest error.
 
     Raises: NotRecognised naming the part that differs by more than MAX_ERROR.
@@ -128,6 +197,8 @@ def compare(step: DecoderStep, seen: Observation) -> float:
     errors = {"the embedding": _relative_error(embedded, seen.layers[0].hidden_in, 0)}
     for index, layer in enumerate(seen.layers):
         found = step.run_layer(index, layer.hidden_in, positions, batch)
+        if mixtures is not None and mixtures[index] is not None:
+            found = mixtures[index](found)
         errors[f"layer {index}"] = _relative_error(found, layer.hidden_out, layer.hidden_in)
     logits = step.project(seen.layers[-1].hidden_out, positions, batch, inputs.logit_rows)
     errors["the output head"] = _relative_error(logits, seen.logits, 0)

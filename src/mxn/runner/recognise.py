@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from mxn.attention.base import AttentionBackend, AttentionMetadata
 from mxn.attention.paged import PagedCpuAttention
+from mxn.runner.experts import KernelExperts
 from mxn.runner.forward import ModuleForward
 from mxn.runner.inputs import StepInputs
 from mxn.runner.quantise import KernelRMSNorm, PackedLinear
@@ -73,12 +74,12 @@ class RotaryCall:
         kwargs = {name: positions if _is_positions(a) else a for name, a in self.kwargs.items()}
         halves = []
         for whole, observed in zip(self.module(*args, **kwargs), (self.cos, self.sin), strict=True):
-            rows, half = whole[0].float(), whole.shape[-1] // 2
+            rows, width = whole[0].float(), whole.shape[-1]
             if not torch.equal(rows[seen[0]], observed[0].float()):
                 raise NotRecognised("its rotary embeddings depend on more than the position")
-            if not torch.equal(rows[:, :half], rows[:, half:]):
-                raise NotRecognised("its rotary embeddings are not two equal halves")
-            halves.append(rows[:, :half].contiguous())
+            # Most tables repeat themselves for the other half of a head; GPT-OSS's hold one half only.
+            is_doubled = width % 2 == 0 and torch.equal(rows[:, : width // 2], rows[:, width // 2 :])
+            halves.append(rows[:, : width // 2 if is_doubled else width].contiguous())
         return Rotation(cos=halves[0], sin=halves[1])
 
 
@@ -203,10 +204,7 @@ def _layer(
 ) -> Layer:
     parts = _children(module)
     self_attn, mlp = (_part(parts, name) for name in ("self_attn", "mlp"))
-    names = tuple(sorted(parts))
-    if names not in NORM_ROLES:
-        raise NotRecognised(f"its parts are attention, mlp, {', '.join(names)}")
-    norms = {role: _norm(parts[name], name) for role, name in zip(NORM_ROLES[names], names, strict=True)}
+    norms = {role: _norm(parts[name], name) for name, role in norm_roles(module).items()}
     options = dict(seen.attention[index])
     sinks = options.pop("sinks", None)
     if not getattr(self_attn, "use_rope", True):
@@ -218,7 +216,7 @@ def _layer(
             raise NotRecognised("its positions are not rotary embeddings handed to the layer")
     return Layer(
         **_attention_parts(self_attn),
-        **_mlp_parts(mlp),
+        **({} if has_experts(mlp) else _mlp_parts(mlp)),
         **norms,
         **options,
         cache=attention.caches[index],
@@ -226,6 +224,19 @@ def _layer(
         sinks=None if sinks is None else sinks.detach().float().contiguous(),
         residual_factor=float(getattr(module, "residual_multiplier", 1.0)),
     )
+
+
+def norm_roles(layer: nn.Module) -> dict[str, str]:
+    """What each norm of a layer does, by name. Raises: NotRecognised naming the parts that are there."""
+    names = tuple(sorted(set(_children(layer)) - {"self_attn", "mlp"}))
+    if names not in NORM_ROLES:
+        raise NotRecognised(f"its parts are attention, mlp, {', '.join(names)}")
+    return dict(zip(names, NORM_ROLES[names], strict=True))
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether an mlp is a mixture with packed experts: it stays a module of its own between programs of layers."""
+    return any(isinstance(part, KernelExperts) for part in module.modules())
 
 
 def _attention_parts(module: nn.Module) -> dict[str, Any]:
