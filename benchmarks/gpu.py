@@ -78,17 +78,17 @@ def parts(folder: Path, *, is_dry: bool) -> list[Part]:
         ),
         Part(
             name="engine",
-            command=script("engine_gpu", *dry, *out("engine.json"), "--limit-s", "120"),
-            limit_s=200,
+            command=script("engine_gpu", *dry, *out("engine.json"), "--repeats", "1", "--limit-s", "150"),
+            limit_s=230,
             writes="engine.json",
         ),
+        Part(name="energy", command=script("energy_gpu", *dry, *out("energy.json")), limit_s=50, writes="energy.json"),
         Part(
             name="kernel benchmark",
             command=kernels,
             limit_s=110,
             writes=None if is_dry else "kernels.json",
         ),
-        Part(name="energy", command=script("energy_gpu", *dry, *out("energy.json")), limit_s=60, writes="energy.json"),
         Part(
             name="memory checker",
             command=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *check, "--only", "float16"),

@@ -70,7 +70,7 @@ def test_everything_fits_into_eight_minutes(tmp_path: Path) -> None:
     parts = gpu.parts(tmp_path, is_dry=False)
     assert parts[0].name == "kernels against references", "what is wrong is not worth measuring"
     first_three = sum(part.limit_s for part in parts[:3])
-    assert first_three < gpu.TOTAL_S, "rights, the engine and the kernels have their time whatever they take"
+    assert first_three + 60 < gpu.TOTAL_S, "whatever rights, the engine and energy take, the kernels have a minute"
 
 
 def test_energy_check_tells_a_counter_that_disagrees() -> None:
