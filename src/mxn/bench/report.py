@@ -30,7 +30,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """What was measured of one subject: one stream, a batch, and the one of them whose energy is shown."""
+    """What was measured of one subject: one stream, the fastest batch, and the one of them whose energy is shown."""
 
     one: Record | None
     batch: Record | None
@@ -43,7 +43,8 @@ def cells(records: Sequence[Record]) -> list[Cell]:
     for key in dict.fromkeys((r.subject.model, r.subject.label) for r in records):
         own = [r for r in records if (r.subject.model, r.subject.label) == key]
         one = next((r for r in own if r.workload.headline == "decode_tokens_per_s"), None)
-        batch = next((r for r in own if r.workload.headline == "output_tokens_per_s"), None)
+        batches = [r for r in own if r.workload.headline == "output_tokens_per_s"]
+        batch = max(batches, key=lambda r: (r.is_result, r.headline.median if r.headline else 0.0), default=None)
         found.append(Cell(one=one, batch=batch, main=batch or one or own[0]))
     return found
 
@@ -56,11 +57,11 @@ def matrix(records: Sequence[Record]) -> Grid:
     rows = []
     sources: dict[str, None] = {}  # ordered sets
     interfaces: dict[str, None] = {}
-    batch_title = "Batch"
+    at_once: set[str] = set()
     for cell in cells(records):
         one, batch, main = cell.one, cell.batch, cell.main
         if batch:
-            batch_title = f"{batch.workload.concurrency} at once"
+            at_once.add(f"{batch.workload.concurrency} at once" if batch.workload.concurrency else "Open loop")
         subject, watts = main.subject, main.mean_watts
         sources[_power_text(watts)] = None
         interfaces[subject.interface] = None
@@ -76,6 +77,7 @@ def matrix(records: Sequence[Record]) -> Grid:
                 str(watts.provenance) if main.is_result else "NO RESULT",
             )
         )
+    batch_title = at_once.pop() if len(at_once) == 1 else "Batch"
     return Grid(
         title="Model x backend",
         columns=(
@@ -177,8 +179,12 @@ def _mismatch_notes(records: Sequence[Record]) -> tuple[str, ...]:
     """Why rows of one table are not like for like."""
     if not records:
         return ()
-    notes = [f"Not like for like: {text}." for other in records[1:] for text in mismatches(records[0], other)]
-    return tuple(dict.fromkeys(notes))
+    notes: dict[str, None] = {}
+    for model in dict.fromkeys(record.subject.model for record in records):
+        own = [record for record in records if record.subject.model == model]
+        for other in own[1:]:
+            notes |= dict.fromkeys(f"Not like for like: {text}." for text in mismatches(own[0], other))
+    return tuple(notes)
 
 
 def to_rich(grid: Grid) -> Table:

@@ -44,7 +44,11 @@ def own_arms(
         options += ["--threads", str(threads)] if threads else []
         server = stack.enter_context(own_server(model, options))
         name = label if len(quantisations) == 1 else f"{label} {server.quantisation}"
-        arms.append(HttpArm(server.subject(name), server.url, readers=tuple(readers) or local_readers(server.url)))
+        arms.append(
+            HttpArm(
+                server.subject(name), server.url, readers=tuple(readers) or local_readers(server.url, server.backend)
+            )
+        )
         folder = server.folder
     return arms, folder
 
@@ -89,7 +93,7 @@ async def url_arm(text: str, model: str | None, api_key: str | None, readers: Se
     if not separator or "://" in label:
         label, url = text, text
     subject = await describe(url, label, model=model, api_key=api_key)
-    return HttpArm(subject, url, readers=tuple(readers) or local_readers(url), api_key=api_key)
+    return HttpArm(subject, url, readers=tuple(readers) or local_readers(url, subject.backend), api_key=api_key)
 
 
 def local_folder(model: str) -> str:

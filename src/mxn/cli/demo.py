@@ -54,7 +54,9 @@ def demo(
             notes.print(f"[bold]Starting[/] mxn serve {name} --quantisation {wanted}")
             server = stack.enter_context(own_server(name, ["--quantisation", wanted, "--kv-gib", "0.5"]))
             arm = HttpArm(
-                server.subject(f"{server.backend} {server.quantisation}"), server.url, readers=local_readers(server.url)
+                server.subject(f"{server.backend} {server.quantisation}"),
+                server.url,
+                readers=local_readers(server.url, server.backend),
             )
             arms.append(arm)
             notes.print(f"  {server.url}: {server.backend}, {server.quantisation}, attention {server.attention}")
