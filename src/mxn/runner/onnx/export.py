@@ -83,12 +83,14 @@ def export(
             file.unlink()  # tokenizer and the builder's own settings: the model folder has them
     progress("graph", 1.0)
     facts: dict[str, object] = {"builder": f"onnxruntime-genai {version('onnxruntime-genai')}"}
-    ggufs = sorted(folder.glob("*.gguf"))
-    if precision == "int4" and ggufs:
+    if precision == "int4" and block_size == 32:
+        from mxn.runner.gguf_blocks import GgufBlocks
         from mxn.runner.onnx.takeover import take_over
 
         progress("takeover", 0.0)
-        facts["takeover"] = take_over(ggufs[0], out / GRAPH_NAME)
+        blocks = GgufBlocks.beside(str(folder), config)
+        if blocks is not None:
+            facts["takeover"] = take_over(blocks, out / GRAPH_NAME)
         progress("takeover", 1.0)
     (out / FACTS_NAME).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 

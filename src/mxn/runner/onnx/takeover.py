@@ -9,58 +9,45 @@ builder rounded them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from gguf import GGMLQuantizationType
 from onnx import ModelProto, TensorProto
 
 from mxn.errors import ModelError
-from mxn.runner.gguf_architectures import ARCHITECTURES
-from mxn.runner.gguf_file import GgufFile, GgufTensor
+from mxn.runner.gguf_blocks import GgufBlocks
 from mxn.runner.onnx.graph import check_graph_file
 
-BLOCK = 32
-_BLOCK_BYTES = 18
+_BLOCK_BYTES = 18  # a float16 scale and 32 weights of 4 bits
 _FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _WEIGHT = re.compile(r"(?P<owner>.*)\.(?P<part>attn|mlp)\.(?P<name>\w+)\.MatMul\.weight_Q4")
 
 
-def take_over(gguf: Path, graph: Path) -> str:
+def take_over(blocks: GgufBlocks, graph: Path) -> str:
     """Writes the file's Q4_0 weights into the graph's data. Returns one sentence on what was taken.
 
     Raises: ModelError when the file and the graph are not of one model.
     """
-    file = GgufFile(gguf)
-    architecture = ARCHITECTURES.get(str(file.metadata.get("general.architecture")))
-    config = architecture.config(file) if architecture is not None else None
-    if architecture is None or config is None:
-        return f"no weights taken from {gguf.name}: its architecture is converted by another path"
-    sources = {name: tensor for tensor in file.tensors.values() if (name := architecture.weight_name(tensor.name))}
     model = check_graph_file(graph)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    kinds: dict[str, int] = {}
+    kinds: Counter[str] = Counter()
     for node in model.graph.node:
         matched = _WEIGHT.fullmatch(node.input[1]) if node.op_type == "MatMulNBits" else None
         if matched is None:
             continue
-        parts = _FUSED.get(matched["name"], (matched["name"],))
         owner = f"{matched['owner']}.{'self_attn' if matched['part'] == 'attn' else 'mlp'}"
-        tensors = [sources.get(f"{owner}.{part}.weight") for part in parts]
-        kind = {tensor.kind.name if tensor else "none" for tensor in tensors}
-        kinds["/".join(sorted(kind))] = kinds.get("/".join(sorted(kind)), 0) + 1
-        if kind != {"Q4_0"}:
-            continue
-        blocks = [_blocks(file, tensor, architecture.restore, config) for tensor in tensors if tensor is not None]
-        packed = np.concatenate([one[0] for one in blocks])
-        scales = np.concatenate([one[1] for one in blocks])
-        _write(graph, initializers[node.input[1]], packed)
-        _write(graph, initializers[node.input[2]], scales)
+        parts = _FUSED.get(matched["name"], (matched["name"],))
+        taken = [blocks.take(f"{owner}.{part}.weight") for part in parts]
+        kind = "/".join(sorted({one[0] if one else "another format" for one in taken}))
+        kinds[kind] += 1
+        if kind == "q4_0":
+            packed, scales = _as_nbits(np.concatenate([one[1].numpy() for one in taken if one is not None]))
+            _write(graph, initializers[node.input[1]], packed)
+            _write(graph, initializers[node.input[2]], scales)
     found = ", ".join(f"{count} in {kind}" for kind, count in sorted(kinds.items()))
-    return f"{kinds.get('Q4_0', 0)} of {sum(kinds.values())} 4-bit weights taken from {gguf.name} bit for bit ({found})"
+    return f"{kinds['q4_0']} of {kinds.total()} 4-bit weights taken from {blocks.file.path.name} bit for bit ({found})"
 
 
 def dequantise(model: ModelProto, graph: Path, name: str) -> np.ndarray:
@@ -72,20 +59,11 @@ def dequantise(model: ModelProto, graph: Path, name: str) -> np.ndarray:
     return ((values - 8) * scales).reshape(packed.shape[0], -1)
 
 
-def _blocks(
-    file: GgufFile, tensor: GgufTensor, restore: Any, config: Mapping[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """A Q4_0 tensor as MatMulNBits holds it: packed (outputs, blocks, 16) and scales (outputs, blocks)."""
-    if tensor.kind is not GGMLQuantizationType.Q4_0:
-        raise ModelError(f"{file.path}: expected {tensor.name} in Q4_0, found {tensor.kind.name}")
-    num_rows, num_columns = tensor.shape
-    raw = file.raw(tensor).reshape(num_rows, num_columns // BLOCK, _BLOCK_BYTES)
-    # llama.cpp reorders some rows; what undoes that for weights undoes it for the numbers of their rows.
-    order = restore(tensor.name, np.arange(num_rows, dtype=np.float32)[:, None], config)[:, 0].astype(np.int64)
-    raw = raw[order]
+def _as_nbits(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of Q4_0 blocks as MatMulNBits holds them: packed (outputs, blocks, 16) and scales (outputs, blocks)."""
+    raw = rows.reshape(len(rows), -1, _BLOCK_BYTES)
     scales = raw[..., :2].copy().view(np.float16)[..., 0].astype(np.float32)
-    low, high = raw[..., 2:] & 15, raw[..., 2:] >> 4  # weights 0..15 and 16..31 of a block
-    values = np.concatenate([low, high], -1)
+    values = np.concatenate([raw[..., 2:] & 15, raw[..., 2:] >> 4], -1)  # low halves are weights 0..15 of a block
     return values[..., 0::2] | (values[..., 1::2] << 4), scales
 
 
