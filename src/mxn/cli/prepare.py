@@ -17,7 +17,7 @@ from mxn.energy.reader import PowerReader
 from mxn.errors import BackendError, ConfigError
 from mxn.fleet.deployment import DeploymentSpec
 
-PREFERENCE = ("cuda", "rocm", "onnx", "cpu")
+PREFERENCE = ("cuda", "rocm", "cpu", "onnx")
 """Backends that "auto" tries first, in this order; others follow by name."""
 
 BY_NAME_ONLY = ("fake", "server")
