@@ -1,0 +1,45 @@
+from dataclasses import replace
+
+from mxn.bench.report import cells, comparison, matrix, to_markdown
+from mxn.bench.workloads import WORKLOADS
+from mxn.core.quantity import Provenance
+
+from .made import record, subject
+
+
+def test_cell_shows_the_fastest_batch_that_is_a_result() -> None:
+    slow = record((100.0, 100.0), workload=WORKLOADS["W2c8"])
+    fast = record((400.0, 400.0), workload=WORKLOADS["W2c32"])
+    wrong = record((900.0, 900.0), workload=replace(WORKLOADS["W2c32"], name="c64"), faults=("a request failed",))
+    (cell,) = cells([slow, fast, wrong])
+    assert cell.main is fast
+
+
+def test_same_label_on_two_models_is_two_cells() -> None:
+    both = [record(of=subject("cpu int8", model="a")), record(of=subject("cpu int8", model="b"))]
+    assert [row[0] for row in matrix(both).rows] == ["a", "b"]
+
+
+def test_ratio_of_arms_that_took_turns_has_an_interval_and_says_when_nothing_is_shown() -> None:
+    base = record((100.0, 120.0, 80.0))
+    twice = record((200.0, 242.0, 159.0), of=subject("twice"))
+    same = record((101.0, 119.0, 80.5), of=subject("same"))
+    (row,) = comparison([base, twice, same]).rows
+    assert "x2.00 [" in row[3]
+    assert "no difference shown" not in row[3]
+    assert "no difference shown" in row[4]
+
+
+def test_rows_of_one_model_on_different_meters_are_warned_of() -> None:
+    grid = matrix([record(), record(of=subject("b"), provenance=Provenance.ESTIMATED)])
+    assert any("Not like for like: power is measured" in note for note in grid.notes)
+    other_model = matrix([record(), record(of=subject("b", model="b"), provenance=Provenance.ESTIMATED)])
+    assert not any("Not like for like" in note for note in other_model.notes)
+
+
+def test_record_with_a_fault_is_marked_in_every_table() -> None:
+    faulty = record(faults=("3 of 32 requests: the server died",))
+    text = to_markdown(matrix([faulty])) + to_markdown(comparison([faulty]))
+    assert "NO RESULT" in text
+    assert "FAULT" in text
+    assert "the server died" in text
