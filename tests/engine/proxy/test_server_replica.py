@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from mxn.core.model import Model
-from mxn.core.request import FinishReason, SamplingParams, SequenceOutput
+from mxn.core.request import FinishReason, SamplingParams, SequenceOutput, SequenceRequest
 from mxn.errors import ReplicaDiedError
 from mxn.fleet.deployment import Deployment, DeploymentSpec
 from mxn.fleet.fleet import Fleet
@@ -241,7 +241,6 @@ def test_what_a_server_cannot_do_is_refused_by_name(
     fake_model: Model, protocol: str, field: str, sampling: SamplingParams
 ) -> None:
     from mxn.backends.base import ServerSpec
-    from mxn.core.request import SequenceRequest
     from mxn.engine.proxy.dialects import DIALECTS
     from mxn.engine.tokenizer import Tokenizer
     from mxn.errors import RequestError
@@ -276,6 +275,20 @@ async def test_the_servers_own_refusal_is_passed_on(serve: Make) -> None:
         [output] = await outputs_of(deployment.submit([1] * 1200, plain()))
         assert output.finish_reason is FinishReason.ERROR
         assert "HTTP 400: the prompt is too long for me" in (output.error or "")
+
+
+async def test_the_replicas_own_boundary_holds_whatever_the_server_would_do(serve: Make) -> None:
+    async with running(serve("--max-len", "20")) as [deployment]:
+        outputs = await outputs_of(deployment.submit([1] * 15, plain(max_tokens=50)))
+        assert sum(output.num_tokens for output in outputs) == 5
+        [wrong] = await outputs_of(deployment.submit([1, 9999], plain()))
+        assert "token ids in 0..258" in (wrong.error or "")
+        replica = deployment._replica
+        assert replica is not None
+        request = SequenceRequest(seq_id=10**6, prompt_token_ids=[1] * 20, sampling=plain())
+        [long] = await outputs_of(replica.submit(request))
+        assert "the limit is 19" in (long.error or "")
+        assert text_of(await outputs_of(deployment.submit([1], plain()))) == letters(expected([1], 8))
 
 
 async def test_an_error_inside_a_stream_ends_it(serve: Make) -> None:

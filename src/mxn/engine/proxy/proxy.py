@@ -52,13 +52,14 @@ class Proxy:
     Every sequence ends with exactly one output that carries a finish reason.
     """
 
-    def __init__(self, server: ServerProcess, dialect: Dialect, *, max_num_seqs: int) -> None:
+    def __init__(self, server: ServerProcess, dialect: Dialect, *, max_num_seqs: int, max_context: int) -> None:
         self.stats = EngineStats()
         self._server = server
         self._dialect = dialect
         self._pool = ConnectionPool(server.url)
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream", **server.headers}
         self._max_num_seqs = max_num_seqs
+        self._max_context = max_context
         self._waiting: list[tuple[int, int, SequenceRequest]] = []
         self._arrivals = itertools.count()
         self._streams: dict[int, _Stream] = {}
@@ -148,7 +149,7 @@ class Proxy:
 
     def _start(self, request: SequenceRequest) -> None:
         try:
-            body = self._dialect.body(request)
+            body = self._dialect.body(self._checked(request))
         except RequestError as error:
             self._emit(SequenceOutput(seq_id=request.seq_id, finish_reason=FinishReason.ERROR, error=str(error)), None)
             return
@@ -156,6 +157,25 @@ class Proxy:
             self._busy_since_s = time.monotonic()
         stream = self._streams[request.seq_id] = _Stream(request)
         stream.task = asyncio.create_task(self._run(stream, body))
+
+    def _checked(self, request: SequenceRequest) -> SequenceRequest:
+        """The request with no more output than the context holds. The front door has checked already; this is the
+        replica's own boundary. Raises: RequestError when the prompt could never run."""
+        prompt, sampling = request.prompt_token_ids, request.sampling
+        vocab_size = self._dialect.tokenizer.vocab_size
+        if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise RequestError(f"the prompt must hold token ids in 0..{vocab_size - 1}, at least one", param="prompt")
+        room = self._max_context - len(prompt)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens; with at least one token of output the limit is "
+                f"{self._max_context - 1}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        if sampling.max_tokens <= room:
+            return request
+        return replace(request, sampling=replace(sampling, max_tokens=room))
 
     # ------------------------------------------------------------------ one sequence
 

@@ -48,7 +48,8 @@ class ServerReplica:
             raise
         progress("server", 1.0)
         info = _describe(message, spec, dialect, server, max_context, load_s)
-        return cls(server, Proxy(server, dialect, max_num_seqs=spec.max_num_seqs)), info
+        proxy = Proxy(server, dialect, max_num_seqs=spec.max_num_seqs, max_context=max_context)
+        return cls(server, proxy), info
 
     def serve(self, channel: ReplicaChannel) -> None:
         """Handles the gateway's messages until told to stop or the gateway is gone.
