@@ -129,3 +129,16 @@ def test_damaged_and_edited_records_are_refused(mxn: Mxn, server: Serving, model
     path.write_text('{"records": []}')
     assert mxn("bench", "validate", str(path)).code == 2
     assert mxn("report", str(path)).code == 2
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_all_backends_that_are_here_stand_in_one_matrix(mxn: Mxn, model_folder: str, tmp_path: Path) -> None:
+    saved = tmp_path / "all.json"
+    ran = mxn("bench", "--model", model_folder, "--backend", "all", *LOAD, "--json", str(saved), timeout=200)
+    skipped = {one["backend"]: one["reason"] for one in json.loads(saved.read_text())["skipped"]}
+    assert "absent: no llama-server on PATH" in skipped["llama.cpp"]
+    assert "MXN_VLLM_PYTHON" in skipped["vllm"]
+    assert "needs one of two options: command" in ran.err, "the reason of a skipped cell is told where it happened"
+    assert "server" in skipped
+    assert "fake" not in ran.out

@@ -25,7 +25,9 @@ def run_bench(
     quantisation: Annotated[
         str, typer.Option(help="Quantisations to measure, separated by commas; with --matrix, auto means all.")
     ] = "auto",
-    backend: Annotated[str, typer.Option(help="Backend to measure; with --matrix, auto means all.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Backend to measure; all: each that is active here, one after another.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="Compute threads on a CPU.", min=1)] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Drive the engine in this process, without HTTP.")
@@ -112,6 +114,7 @@ def run_bench(
     if context.invoked_subcommand is not None:
         return
     import asyncio
+    from tempfile import TemporaryDirectory
 
     from mxn.bench.datasets import load_dataset
     from mxn.bench.environment import busy_warning, manifest
@@ -143,22 +146,24 @@ def run_bench(
         )
     chosen = chosen or parse_workloads("quick")
     limits = parse_slo(slo) if slo else None
-    if matrix:
+    is_all = backend == "all"
+    if matrix or is_all:
         from mxn.cli.bench_matrix import MatrixOptions, run_matrix
 
-        report = run_matrix(
-            MatrixOptions(
-                models=tuple(models.split(",")) if models else (),
-                backends=() if backend == "auto" else tuple(backend.split(",")),
-                quantisations=() if quantisation == "auto" else tuple(quantisation.split(",")),
-                workloads=tuple(chosen),
-                repetitions=repetitions,
-                idle_s=idle_s,
-                seed=seed,
-                is_gated=quality,
-            ),
-            out_folder,
-        )
+        with TemporaryDirectory() as fresh:
+            report = run_matrix(
+                MatrixOptions(
+                    models=tuple(models.split(",")) if models else () if matrix else (model or DEFAULT_MODEL,),
+                    backends=() if backend in ("auto", "all") else tuple(backend.split(",")),
+                    quantisations=() if quantisation == "auto" and matrix else tuple(quantisation.split(",")),
+                    workloads=tuple(chosen),
+                    repetitions=repetitions,
+                    idle_s=idle_s,
+                    seed=seed,
+                    is_gated=quality,
+                ),
+                out_folder if out_folder or matrix else Path(fresh),
+            )
         finish(report, json_path=json_path, markdown=markdown, html=html)
         return
     reference_model = model or DEFAULT_MODEL
