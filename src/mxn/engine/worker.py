@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from typing import TYPE_CHECKING
 
 from mxn.backends.base import Backend, Executor
 from mxn.backends.registry import load_backend
@@ -36,8 +37,10 @@ from mxn.engine.messages import (
     Stop,
     ToReplica,
 )
-from mxn.engine.proxy.replica import ServerReplica
 from mxn.errors import ChipError, MxnError, RequestError, ServerDiedError
+
+if TYPE_CHECKING:
+    from mxn.engine.proxy.replica import ServerReplica
 
 log = logging.getLogger("mxn.worker")
 
@@ -98,10 +101,10 @@ def run(channel: ReplicaChannel) -> int:
         return EXIT_LOAD_FAILED
     channel.send(Ready(info))
     try:
-        if isinstance(runner, ServerReplica):
-            runner.serve(channel)
-            return 0
-        return _serve(runner, Inbox(channel), channel)
+        if isinstance(runner, Engine):
+            return _serve(runner, Inbox(channel), channel)
+        runner.serve(channel)
+        return 0
     except ServerDiedError as error:
         log.critical("%s", error)
         return EXIT_SERVER_DIED
@@ -130,6 +133,8 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | ServerReplic
     settings = message.settings
     backend = load_backend(message.backend)
     if type(backend).serve is not Backend.serve:
+        from mxn.engine.proxy.replica import ServerReplica  # brings an HTTP client that no other replica needs
+
         return ServerReplica.start(backend, message, channel, progress, seconds)
     executor = backend.load(message.model, settings, message.chips, progress)
     progress("load", 1.0)
