@@ -21,8 +21,7 @@ from mxn.errors import MxnError
 
 MIN_AGREEMENT = 0.85
 MAX_LOGLIK_LOSS = 0.1
-"""Nats per token that a subject may lose against the reference. 8-bit weights lose about 0.02 on a 135M model, a wrong
-kernel several (benchmarks/NOTES.md)."""
+"""Nats per token that a subject may lose against the reference."""
 
 MIN_FOLLOWED = 0.2
 """For servers that cannot score: the share of the reference's text to follow before the first difference."""
