@@ -66,6 +66,8 @@ class HttpArm:
 
     def close(self) -> None:
         self._client.close()
+        for reader in self.readers:
+            reader.close()
 
 
 class _Listed(msgspec.Struct):
