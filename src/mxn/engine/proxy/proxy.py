@@ -65,6 +65,7 @@ class Proxy:
         self._streams: dict[int, _Stream] = {}
         self._outputs: list[SequenceOutput] = []
         self._has_flush = False
+        self._has_warned = False
         self._busy_since_s = 0.0
         self._is_stopping = False
         self._send: Callable[[StepDone], None] = lambda message: None
@@ -295,7 +296,8 @@ class Proxy:
 
     def _check_prompt(self, stream: _Stream, delta: Delta) -> None:
         sent = len(stream.request.prompt_token_ids)
-        if delta.num_prompt_tokens not in (None, sent):
+        if delta.num_prompt_tokens not in (None, sent) and not self._has_warned:
+            self._has_warned = True
             log.warning(
                 "%s counts %d prompt tokens where mxn sent %d", self._server.name, delta.num_prompt_tokens, sent
             )
