@@ -79,13 +79,14 @@ def test_all_faults_come_at_once_with_their_places(tmp_path: Path) -> None:
         ":13:19: deployments[1].prefix_cache: expected true or false, got 'no'",
         ':14:5: deployments[1].context_lenght: unknown key; did you mean "context_length"? '
         f"(known here: {', '.join(DeploymentConfig.model_fields)})",
-        ":15:19: deployments[1].quantisation: expected 'auto', 'fp32', 'bf16', 'fp16', 'fp8', 'int8' or 'int4', got 'int3'",
+        ":15:19: deployments[1].quantisation: expected 'auto', 'fp32', 'bf16', 'fp16', 'fp8', 'int8' or 'int4', "
+        "got 'int3'",
         ":16:5: deployments[2].model: expected a value, got nothing: the key is missing",
         ':16:11: deployments[2].name: expected a name of its own, got "a" like deployments[0]; set name',
         ":18:22: deployments[3].max_step_tokens: expected a number of at least 1, got 0",
         ':19:12: deployments[4].model: expected a name of its own, got "q" like deployments[3]; set name',
         ":20:5: deployments[5]: expected a mapping, got 7",
-        ":21:1: extra: unknown key (known here: server, deployments)",
+        ":21:1: extra: unknown key (known here: server, cluster, policy, deployments)",
     ]
 
 

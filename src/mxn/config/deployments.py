@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mxn.config.checked import Checked, json_schema, load_checked
+from mxn.config.cluster import ClusterConfig, PlannedQuantisation, PolicyConfig
+from mxn.config.demand import LoadConfig, ReplicasConfig, SloConfig, WhereConfig
+from mxn.config.demand_checks import demand_faults
 from mxn.config.source import NAME_PATTERN
 from mxn.config.yaml_file import KeyPath, Plain
 from mxn.core.model import LoadSettings, QuantisationName
@@ -70,6 +73,19 @@ class DeploymentConfig(Checked):
     stall_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
     """Seconds without a step, with work at hand, after which a replica is not ready any more."""
 
+    load: LoadConfig | None = None
+    """Requests to plan for."""
+    slo: SloConfig = SloConfig()
+    """Limits on latency; a plan counts what a replica serves within them."""
+    replicas: ReplicasConfig = ReplicasConfig()
+    """Fewest and most replicas."""
+    tier: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Under overload, tier 0 is served before tier 1, and so on."""
+    quantisations: Annotated[tuple[PlannedQuantisation, ...], Field(min_length=1)] | None = None
+    """Formats that a plan may choose from when `quantisation` is auto; the model card's when left out."""
+    where: WhereConfig = WhereConfig()
+    """Where replicas may be."""
+
     @property
     def served_name(self) -> str:
         return self.name or self.model
@@ -98,17 +114,24 @@ class DeploymentsFile(Checked):
     """A whole `mxn.yaml`."""
 
     server: ServerConfig = ServerConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    policy: PolicyConfig = PolicyConfig()
     deployments: Annotated[tuple[DeploymentConfig, ...], Field(min_length=1, max_length=10_000)]
 
 
 def load_deployments(path: Path) -> DeploymentsFile:
     """Reads `mxn.yaml`. Raises: ConfigError that lists every fault as `file:line:col: path: expected ..., got ...`."""
-    return load_checked(path, DeploymentsFile, _duplicate_names)
+    return load_checked(path, DeploymentsFile, _faults_between_fields)
 
 
 def deployments_schema() -> dict[str, Any]:
     """JSON Schema of `mxn.yaml`, for editors."""
     return json_schema(DeploymentsFile, "mxn.yaml")
+
+
+def _faults_between_fields(data: Plain) -> Iterator[tuple[KeyPath, str]]:
+    yield from _duplicate_names(data)
+    yield from demand_faults(data)
 
 
 def _duplicate_names(data: Plain) -> Iterator[tuple[KeyPath, str]]:
