@@ -111,7 +111,7 @@ def run(channel: ReplicaChannel) -> int:
     except ChipError as error:
         log.critical("chip lost: %s", error)
         return EXIT_CHIP_LOST
-    except OSError as error:
+    except (ChannelError, OSError) as error:
         log.error("connection to the gateway lost: %s", error)
         return 0
     finally:
