@@ -17,14 +17,14 @@ MEBIBYTE = 2**20
 SMALL_KV, LARGE_KV = 32 * MEBIBYTE, 288 * MEBIBYTE
 """Far enough apart that 5 % of the difference is more than two starts of the same program differ by."""
 
-LARGE_BLOCKS = 1024
-"""Few blocks, so that what is measured is the cache and not the engine's books about it."""
+ROOMY = replace(USUAL, block_size=1024, context_length=4096, max_num_seqs=256)
+"""Few large blocks or slots, so that the cache is measured and not the books about it, and enough to fill it."""
 
 
 async def memory_in_use_moves_by_what_was_allocated(subject: Subject) -> str:
     reported, measured = [], []
     for kv_bytes in (SMALL_KV, LARGE_KV):
-        settings = replace(subject.precise, kv_bytes=kv_bytes, block_size=LARGE_BLOCKS)
+        settings = replace(ROOMY, quantisation=subject.precise.quantisation, kv_bytes=kv_bytes)
         async with subject.own_replica(settings=settings) as replica:
             info = info_of(replica)
             used = subject.backend.memory_used(subject.chip, info.pid)
