@@ -16,6 +16,7 @@ from mxn.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, show_err
 from mxn.cli.demo import demo
 from mxn.cli.doctor import doctor
 from mxn.cli.models import models
+from mxn.cli.plan import plan
 from mxn.cli.report import report
 from mxn.cli.serve import serve
 from mxn.cli.status import status
@@ -52,7 +53,7 @@ def _root(
 ) -> None: ...
 
 
-for _command in (serve, chat, demo, report, status, chips, doctor):
+for _command in (serve, chat, demo, plan, report, status, chips, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(models, name="models")

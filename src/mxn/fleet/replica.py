@@ -269,4 +269,5 @@ def _merge(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
         finish_reason=second.finish_reason,
         error=second.error,
         energy_j=second.energy_j,
+        vector=second.vector,
     )

@@ -13,10 +13,23 @@ from mxn.fleet.planner.linear_program import InfeasibleError, Vector
 from mxn.fleet.planner.oracle import Oracle
 from mxn.fleet.planner.search import place_in_order, solve_together, total_use
 
-_ROUNDS = 12
-_ATTEMPTS = 12
-_FIRST_SIZE, _LAST_SIZE = 16, 64
+_FIRST_SIZE, _LAST_SIZE = 8, 32
 """Blocks solved together; more after an attempt that found nothing better."""
+_MAX_STALLS = 4
+"""Attempts in a row without a gain worth a twentieth of the target, after which nothing more is tried."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What refining may spend, in work rather than seconds, so that a slow machine gives the same answer.
+
+    target_gap: good enough. rounds: of column generation. attempts: neighbourhoods solved, of `nodes` branches each.
+    """
+
+    target_gap: float
+    rounds: int
+    attempts: int
+    nodes: int = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,24 +42,24 @@ class Refined:
 
 
 def refine(
-    oracle: Oracle, order: Sequence[Block], start: list[Pattern], prices: Vector, bound: float, target_gap: float
+    oracle: Oracle, order: Sequence[Block], start: list[Pattern], prices: Vector, bound: float, budget: Budget
 ) -> Refined:
-    """Improves `start` until it is within `target_gap` of the bound or nothing improves it.
+    """Improves `start` until it is within the target gap of the bound, nothing improves it or the budget is spent.
 
     Args: order: in which blocks are placed when they compete. prices: to start from. bound: already proven.
     """
     columns = Decomposition(oracle.instance, oracle.goal, prices, start)
     used: list[tuple[int, Pattern, float]] = []
-    for _ in range(_ROUNDS):
+    for _ in range(budget.rounds):
         columns.add(columns.price())
         mixed, used = columns.mix()
-        if mixed - columns.bound <= 0.1 * target_gap * abs(mixed):
+        if mixed - columns.bound <= 0.1 * budget.target_gap * abs(mixed):
             break
     bound, best = max(bound, columns.bound), start
     rounded = _round(oracle, order, columns.prices, used)
     if rounded is not None and value_of(rounded) < value_of(best):
         best = rounded
-    return Refined(_polish(oracle, columns.prices, best, bound, target_gap), bound, columns.prices)
+    return Refined(_polish(oracle, columns.prices, best, bound, budget), bound, columns.prices)
 
 
 def value_of(patterns: Sequence[Pattern]) -> float:
@@ -72,32 +85,39 @@ def _round(
     return [placed[block.first] for block in blocks]
 
 
-def _polish(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, target_gap: float) -> list[Pattern]:
+def _polish(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, budget: Budget) -> list[Pattern]:
     """Solves together, exactly, the blocks that regret most.
 
     A block's regret is what its pattern costs at the prices above its cheapest one: the gap, block by block.
     """
     instance = oracle.instance
     plain = np.array([i for i, block in enumerate(instance.blocks) if block.is_plain], dtype=np.int64)
-    if not len(plain) or value_of(best) - bound <= target_gap * abs(value_of(best)):
+    if not len(plain) or not budget.attempts or _is_done(best, bound, budget):
         return best
     lowest = np.array([answer[1] if (answer := oracle.cheapest(b, prices)) else 0.0 for b in instance.blocks])
-    random, size = np.random.default_rng(1), _FIRST_SIZE
-    for _ in range(_ATTEMPTS):
-        if size > _LAST_SIZE or value_of(best) - bound <= target_gap * abs(value_of(best)):
+    random, size, stalls = np.random.default_rng(1), _FIRST_SIZE, 0
+    for _ in range(budget.attempts):
+        if stalls == _MAX_STALLS or _is_done(best, bound, budget):
             break
         regret = np.array([pattern.cost + float(pattern.use @ prices) for pattern in best]) - lowest
         is_tight = instance.limits - total_use(instance, best) < 0.02 * instance.limits
         competes = np.array([float(pattern.use[is_tight].sum() > 0) for pattern in best])
         score = regret / max(float(regret.max()), 1e-12) + random.random(len(best)) * (0.2 + competes)
         chosen = plain[np.argsort(-score[plain], kind="stable")[:size]].tolist()
-        others = [pattern for i, pattern in enumerate(best) if i not in set(chosen)]
-        room = instance.limits - total_use(instance, others)
-        found, _ = solve_together(oracle, [instance.blocks[i] for i in chosen], room, [best[i] for i in chosen])
-        if found is None:
-            size *= 2
-            continue
-        best = list(best)
-        for i, pattern in zip(chosen, found, strict=True):
-            best[i] = pattern
+        inside, before = set(chosen), value_of(best)
+        room = instance.limits - total_use(instance, [p for i, p in enumerate(best) if i not in inside])
+        blocks = [instance.blocks[i] for i in chosen]
+        found, _ = solve_together(oracle, blocks, room, [best[i] for i in chosen], max_nodes=budget.nodes)
+        if found is not None:
+            best = list(best)
+            for i, pattern in zip(chosen, found, strict=True):
+                best[i] = pattern
+        if before - value_of(best) > 0.05 * budget.target_gap * before:
+            stalls = 0
+        else:
+            stalls, size = stalls + 1, min(2 * size, _LAST_SIZE)
     return best
+
+
+def _is_done(best: list[Pattern], bound: float, budget: Budget) -> bool:
+    return value_of(best) - bound <= budget.target_gap * abs(value_of(best))

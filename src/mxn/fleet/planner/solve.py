@@ -1,6 +1,7 @@
 """Solves a placement problem in stages: who is served, tier by tier, then at what cost; each with a proven gap.
 
-fast: prices from the relaxation, one pricing round for the bound, blocks placed one after another.
+fast: prices from the relaxation, one pricing round for the bound, blocks placed one after another; where that leaves
+a gap above 5 %, as when chips are scarce, a few rounds of columns.
 refined: columns are generated until the bound meets the master, then neighbourhoods are solved exactly.
 exact: refined, then the whole problem as one integer program.
 """
@@ -19,13 +20,17 @@ from mxn.fleet.planner.goals import cost_of_serving_all, cost_of_serving_as_much
 from mxn.fleet.planner.linear_program import InfeasibleError, Solution, Vector
 from mxn.fleet.planner.oracle import Oracle
 from mxn.fleet.planner.problem import Assignment, Problem
-from mxn.fleet.planner.refine import refine, value_of
+from mxn.fleet.planner.refine import Budget, refine, value_of
 from mxn.fleet.planner.relaxation import relax
 from mxn.fleet.planner.search import place_in_order, restated, solve_together
 
 Effort = Literal["fast", "refined", "exact"]
 
-_TARGET_GAPS: dict[Effort, float] = {"fast": 1.0, "refined": 1e-3, "exact": 1e-6}
+_BUDGETS: dict[Effort, Budget] = {
+    "fast": Budget(target_gap=0.05, rounds=4, attempts=0),
+    "refined": Budget(target_gap=1e-3, rounds=12, attempts=24),
+    "exact": Budget(target_gap=1e-6, rounds=12, attempts=24, nodes=200),
+}
 _SERVED = 1e-6
 """A share of load below this counts as nothing."""
 
@@ -131,9 +136,9 @@ class _Solver:
         except InfeasibleError:
             if best is None:
                 raise
-        target = _TARGET_GAPS[self.effort]
-        if value_of(best) - bound > target * abs(value_of(best)):
-            refined = refine(oracle, self.order, best, prices, bound, target)
+        budget = _BUDGETS[self.effort]
+        if value_of(best) - bound > budget.target_gap * abs(value_of(best)):
+            refined = refine(oracle, self.order, best, prices, bound, budget)
             best, bound, prices = refined.patterns, refined.bound, refined.prices
         if self.effort == "exact" and all(block.is_plain for block in blocks):
             best, bound = self._solve_whole(oracle, best, bound)
