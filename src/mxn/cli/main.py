@@ -15,6 +15,7 @@ from mxn.cli.chips import chips
 from mxn.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, show_error
 from mxn.cli.demo import demo
 from mxn.cli.doctor import doctor
+from mxn.cli.fit import fit
 from mxn.cli.models import models
 from mxn.cli.plan import plan
 from mxn.cli.report import report
@@ -22,7 +23,8 @@ from mxn.cli.serve import serve
 from mxn.cli.status import status
 
 EPILOG = (
-    "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 130 interrupted. "
+    "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 3 not everything can be served (plan), "
+    "130 interrupted. "
     "Results go to stdout, progress and errors to stderr."
 )
 
@@ -53,7 +55,7 @@ def _root(
 ) -> None: ...
 
 
-for _command in (serve, chat, demo, plan, report, status, chips, doctor):
+for _command in (serve, chat, demo, plan, fit, report, status, chips, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(models, name="models")
