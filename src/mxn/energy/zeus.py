@@ -18,7 +18,7 @@ def zeus_reader(index: int, *, device: Any = None, settle_s: float = 0.6) -> Pow
         try:
             device = importlib.import_module("zeus.device")
         except ImportError as err:
-            return NullReader(f"the zeus library is not installed ({err}): pip install --no-deps zeus")
+            return NullReader(f"the zeus library is not installed ({err}): pip install --no-deps zeus nvidia-ml-py")
     try:
         boards = device.get_gpus()
 
