@@ -351,6 +351,8 @@ def test_last_output_carries_the_joules_of_its_sequence_and_all_add_up() -> None
         outputs += engine.step()
     engine.settle_energy()
     charged = [output.energy_j for output in outputs if output.finish_reason is FinishReason.LENGTH]
+    aborted = [output.energy_j for output in outputs if output.finish_reason is FinishReason.ABORT]
+    assert aborted == pytest.approx([20 / 3 * 0.1 * 50], rel=0.02)
     assert charged == pytest.approx([(20 / 3 + 10) * 0.1 * 50] * 2, rel=0.02)
     stats = engine.stats
     assert stats.chip_energy_j == pytest.approx(200)

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from mxn.backends.fake import FAKE_W
 
 from .conftest import SCRIPT, Running
+from .test_generation import events_of
 
 
 def samples(server: Running) -> dict[tuple[str, str], float]:
@@ -114,3 +115,21 @@ def test_energy_is_told_when_asked_and_counted_with_its_source(server: Running) 
     assert charged(after, "idle") >= 0
     count = after["mxn_request_energy_joules_count", labels] - before["mxn_request_energy_joules_count", labels]
     assert count >= sum(answer["usage"]["mxn"]["energy_j"] is not None for answer in answers)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_request_that_a_stop_string_ends_knows_its_joules(server: Running, *, streams: bool) -> None:
+    labels = "model=hash-model"
+    body = {"model": "hash-model", "prompt": "abcd", "max_tokens": 400, "ignore_eos": True, "include_energy": True}
+    text = server.post("/v1/completions", {**body, "seed": 1, "temperature": 0}).json()["choices"][0]["text"]
+    before = samples(server)
+    body |= {"stop": text[200:204], "temperature": 0}
+    if streams:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        usage = events_of(server.post("/v1/completions", body))[-1]["usage"]
+    else:
+        usage = server.post("/v1/completions", body).json()["usage"]
+    assert 0 < usage["completion_tokens"] < 400
+    assert 0 < usage["mxn"]["energy_j"] < 20 * FAKE_W
+    name = "mxn_request_energy_joules_count"
+    assert samples(server)[name, labels] == before[name, labels] + 1

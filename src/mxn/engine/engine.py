@@ -95,8 +95,9 @@ class Engine:
             sequence = self._sequences.get(seq_id)
             if sequence is not None:
                 self.stats.num_aborted += 1
+                energy_j = self._charge(seq_id)
                 self._finish(sequence, FinishReason.ABORT)
-                outputs.append(SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.ABORT))
+                outputs.append(SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.ABORT, energy_j=energy_j))
         self._refresh_gauges()
         return outputs
 

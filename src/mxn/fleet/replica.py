@@ -39,7 +39,7 @@ class SequenceStream:
     Outputs that arrive faster than they are taken are merged into one, so a slow reader holds at most its own tokens.
     """
 
-    def __init__(self, seq_id: int, abort: Callable[[int], None]) -> None:
+    def __init__(self, seq_id: int, abort: Callable[[int], bool]) -> None:
         self.seq_id = seq_id
         self.num_cached_tokens = 0
         self._abort = abort
@@ -47,6 +47,7 @@ class SequenceStream:
         self._error: MxnError | None = None
         self._is_closed = False
         self._waiter: asyncio.Future[None] | None = None
+        self._joules: asyncio.Future[float | None] | None = None
 
     def __aiter__(self) -> AsyncIterator[SequenceOutput]:
         return self
@@ -74,14 +75,23 @@ class SequenceStream:
     def abort(self) -> None:
         """Ends the sequence if it has not ended; iteration stops, blocks are given back. Safe to call at any time."""
         if not self._is_closed:
+            pending, self._pending = self._pending, None
             self._is_closed = True
-            self._pending = None
-            self._abort(self.seq_id)
+            self._joules = asyncio.get_running_loop().create_future()
+            if not self._abort(self.seq_id):
+                self._joules.set_result(pending.energy_j if pending is not None else None)
             self._wake()
+
+    async def aborted_joules(self) -> float | None:
+        """Joules of a sequence that was aborted, once the engine has ended it; None when they are not known."""
+        return None if self._joules is None else await asyncio.shield(self._joules)
 
     def push(self, output: SequenceOutput) -> None:
         """Adds an output (called by the replica's receiver)."""
-        if not self._is_closed:
+        if self._joules is not None:
+            if output.finish_reason is not None and not self._joules.done():
+                self._joules.set_result(output.energy_j)
+        elif not self._is_closed:
             self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
             self._pending = output if self._pending is None else _merge(self._pending, output)
             self._wake()
@@ -89,6 +99,8 @@ class SequenceStream:
     def fail(self, error: MxnError) -> None:
         """Ends iteration with an error after what is pending (called by the replica's receiver)."""
         self._error = error
+        if self._joules is not None and not self._joules.done():
+            self._joules.set_result(None)
         self._wake()
 
     def _wake(self) -> None:
@@ -175,9 +187,12 @@ class Replica:
         if not self._child.writer.is_closing():
             self._child.writer.write(pack(message))
 
-    def _abort(self, seq_id: int) -> None:
-        if self._streams.pop(seq_id, None) is not None:
-            self._send(Abort([seq_id]))
+    def _abort(self, seq_id: int) -> bool:
+        """False when the sequence has ended already. An aborted one stays known until its last output."""
+        if seq_id not in self._streams:
+            return False
+        self._send(Abort([seq_id]))
+        return True
 
     async def _wait_until_ready(self, on_phase: Callable[[str, float], None]) -> ReplicaInfo:
         while True:

@@ -105,6 +105,11 @@ class Choice:
             self._release_logprobs()
         return text
 
+    async def settle(self) -> None:
+        """Waits for the joules of a completion that a stop string cut off: the engine tells them when it has ended."""
+        if self.finish_reason == "stop" and self.energy_j is None:
+            self.energy_j = await self.stream.aborted_joules()
+
     def take_scored(self) -> list[Scored]:
         """Logprobs that belong to the text given out since the last call."""
         scored, self.scored = self.scored, []

@@ -70,6 +70,11 @@ class Job:
             mxn=self._energy() if self.request.include_energy else None,
         )
 
+    async def settle(self) -> None:
+        """Waits until the joules of all completions are known, or known to be unknown."""
+        for choice in self.choices:
+            await choice.settle()
+
     @property
     def energy_j(self) -> float | None:
         """Joules of all completions; None when those of one are not known."""
@@ -110,6 +115,7 @@ class GenerationEndpoint(ABC):
                     await self._send_whole(job, send)
             if all(choice.finish_reason is not None for choice in choices):
                 outcome = "length" if any(choice.finish_reason == "length" for choice in choices) else "stop"
+                await job.settle()
                 _observe_end(job)
         except ClientGoneError:
             outcome = "client_gone"
@@ -187,6 +193,8 @@ class GenerationEndpoint(ABC):
             text = prompt.echo + "".join(texts[choice.index])
             logprobs = self._logprobs(job.request, [*prompt.scored, *choice.scored], job.served.deployment.tokenizer)
             choices.append(self.answer_kind.choice(choice.index, text, logprobs, choice.finish_reason))
+        if job.request.include_energy:
+            await job.settle()
         await send_json(send, job.answer.whole(choices, job.usage()))
 
     async def _send_stream(self, job: Job, send: Any) -> None:
@@ -217,6 +225,8 @@ class GenerationEndpoint(ABC):
             await send({"type": "http.response.body", "body": error_event(answer_for(error)), "more_body": False})
             return
         if job.request.stream_options and job.request.stream_options.include_usage:
+            if job.request.include_energy:
+                await job.settle()
             events.append(job.answer.usage_event(job.usage()))
         events.append(DONE)
         if not has_begun:
