@@ -264,7 +264,7 @@ def test_program_that_differs_is_refused(
     ("settings", "message"),
     [
         ({"options": (("program", "fast"),)}, 'program "fast" is not offered; available: auto, modules, step'),
-        ({"options": (("speed", "1"),)}, 'no option "speed"; available: kv, program, tune'),
+        ({"options": (("speed", "1"),)}, 'no option "speed"; available: kv, order, program, tune'),
         ({"quantisation": "fp32"}, 'program "step" needs quantisation int8 or int4 and attention cpu-cpp, got fp32'),
         ({"attention": "reference"}, "got int8 and reference"),
     ],

@@ -25,8 +25,15 @@ MAX_INT4_CHANGE = 0.02
 """How much the mean negative log-likelihood of the sample may grow by 4-bit weights."""
 
 ATTENTIONS = ("auto", "cpu-cpp", "reference")
-OPTIONS = {"kv": ("fp16", "int8"), "program": ("auto", "modules", "step"), "tune": ("auto", "off", "again")}
+OPTIONS = {
+    "kv": ("fp16", "int8"),
+    "order": ("auto", "fixed"),
+    "program": ("auto", "modules", "step"),
+    "tune": ("auto", "off", "again"),
+}
 """kv: numbers of the KV cache of attention cpu-cpp.
+
+order: whether the last bits of a sequence's logits may depend on what else is in a step.
 
 program: how a step is computed: as one C++ program, by transformers' modules, or as the faster of the two.
 
@@ -76,6 +83,7 @@ class _Choice:
         options = dict(settings.options)
         self.wanted, self.is_off = options.get("program", "auto"), options.get("tune") == "off"
         self.kv_dtype = options.get("kv", "fp16")
+        self.is_fixed = options.get("order") == "fixed"
         self.threads, self.memory = threads, memory
         self._candidates = [threads] if settings.threads or self.is_off else thread_counts(threads)
         self._source = "as set" if settings.threads else "all cores" if self.is_off else ""
@@ -86,7 +94,9 @@ class _Choice:
         self, model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None]
     ) -> ForwardProgram:
         programs: list[ForwardProgram] = [self._best_program(model, attention, windows)]
-        if self.wanted == "auto" and not self.is_off and not isinstance(programs[0], ModuleForward):
+        self._check_order(programs[0])
+        is_open = self.wanted == "auto" and not self.is_off and not self.is_fixed
+        if is_open and not isinstance(programs[0], ModuleForward):
             programs.append(ModuleForward(model, attention, windows))
         chosen, self.threads, self.notes = choose(
             programs,
@@ -97,7 +107,17 @@ class _Choice:
         )
         source = self._source or ("the fastest" if len(self._candidates) > 1 else "the only core")
         self.notes.append(f"{self.threads} compute threads, {source}")
+        order = f"not fixed: {chosen.loose_order}" if chosen.loose_order else "fixed: tokens do not depend on the batch"
+        self.notes.append(f"order {order}")
         return chosen
+
+    def _check_order(self, program: ForwardProgram) -> None:
+        if self.is_fixed and program.loose_order:
+            detail = f" ({program.detail})" if program.detail else ""
+            raise UnsupportedModelError(
+                f'order "fixed" cannot be kept by {program.name}{detail}: {program.loose_order}; it needs a model with '
+                'a step program; available: order "auto"'
+            )
 
     def _memory_of_steps(self) -> Memory:
         if not self.has_kernels:
@@ -122,7 +142,7 @@ def _plan(
     wants_kernels = settings.quantisation in _PACKED or settings.attention == "cpu-cpp"
     missing = None
     if wants_kernels or settings.quantisation == "auto":
-        missing = _kernels_missing(model.spec, threads)
+        missing = _kernels_missing(model.spec, threads, choice.kv_dtype)
     if missing and wants_kernels:
         raise KernelUnavailableError(f"the C++ kernels were asked for and are not available: {missing}")
     quantisation, note = _numbers(model.spec, settings, missing, choice)
@@ -136,7 +156,11 @@ def _plan(
         raise ConfigError(
             f'program "step" needs quantisation int8 or int4 and attention cpu-cpp, got {quantisation} and {attention}'
         )
-
+    if choice.is_fixed and not (choice.has_kernels and choice.wanted != "modules"):
+        raise ConfigError(
+            'order "fixed" needs the step program, which takes quantisation int8 or int4 and attention cpu-cpp; got '
+            f'{quantisation}, {attention} and program "{choice.wanted}"'
+        )
     if attention != "cpu-cpp" and choice.kv_dtype != "fp16":
         raise ConfigError(f'kv "{choice.kv_dtype}" needs attention cpu-cpp, got {attention}')
 
@@ -184,6 +208,8 @@ def _numbers(spec: ModelSpec, settings: LoadSettings, missing: str | None, choic
         return "fp32", f"numbers fp32, because the C++ kernels are not available: {missing}"
     if choice.is_off:
         return "int8", "numbers int8, the default"
+    if choice.is_fixed:
+        return "int8", "numbers int8, because the order is to be fixed"
     key = ["int8", "fp32"]
     from mxn.runner.quantise import kernel_library, product_times
 
@@ -198,13 +224,14 @@ def _numbers(spec: ModelSpec, settings: LoadSettings, missing: str | None, choic
     return best, f"numbers {best}: {where}"
 
 
-def _kernels_missing(spec: ModelSpec, threads: int) -> str | None:
+def _kernels_missing(spec: ModelSpec, threads: int, kv_dtype: str) -> str | None:
     """Why the C++ kernels cannot serve this model, or None once they are built and agree with the torch reference."""
     try:
         from mxn.attention.paged import PagedCpuAttention, prepare_cpu_kernels
 
         prepare_cpu_kernels()
-        return disagreement(partial(PagedCpuAttention, threads=threads), spec)
+        make = partial(PagedCpuAttention, threads=threads, kv_dtype=kv_dtype)
+        return disagreement(make, spec, kv_dtype=kv_dtype)
     except (KernelUnavailableError, ImportError) as error:
         return str(error)
 

@@ -20,10 +20,13 @@ class ForwardProgram(Protocol):
     """Computes one step: writes the new tokens' keys and values and answers with logits.
 
     name: "step program", say; stamped on measurements. detail: what else a person may want to know of it, or "".
+    loose_order: why a sequence's logits may differ in their last bits with what else is in a step, or "" where they
+      never do.
     """
 
     name: str
     detail: str
+    loose_order: str
 
     def __call__(self, inputs: StepInputs) -> torch.Tensor:
         """Logits (R, vocabulary) of `inputs.logit_rows`, any float dtype; they may be overwritten by the next call."""
@@ -39,6 +42,7 @@ class ModuleForward:
     """Runs transformers' own modules with mxn's attention function."""
 
     name = "transformers modules"
+    loose_order = "torch rounds SiLU, GELU and products of floats by where a row stands in a step"
 
     def __init__(self, model: PreTrainedModel, attention: AttentionBackend, windows: Sequence[int | None]) -> None:
         self.detail = ""

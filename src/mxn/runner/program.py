@@ -44,6 +44,7 @@ class StepForward:
     """Runs a recognised decoder in one call per step, without the interpreter lock."""
 
     name = "step program"
+    loose_order = ""
 
     def __init__(self, step: DecoderStep, error: float) -> None:
         """Args: error: how far it is from the modules, see `compare`."""
@@ -75,6 +76,7 @@ class LayerForward:
     """Runs a decoder with mixtures of experts: attention of a layer in one call, then its mixture as a module."""
 
     name = "layer programs"
+    loose_order = "routers are products of floats, which torch sums in an order that changes with the rows of a step"
 
     def __init__(
         self, step: DecoderStep, mixtures: Sequence[Callable[[torch.Tensor], torch.Tensor] | None], error: float
