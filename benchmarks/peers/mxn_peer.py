@@ -28,7 +28,7 @@ def main() -> None:
     prepared = prepare(deployment_config(**vars(arguments)), lambda phase, fraction, detail: None)
     prepared.power.close()
     model, settings = prepared.spec.model, prepared.spec.settings
-    arm = InProcessArm.load(prepared.backend, prepared.chip, model, settings, encode=_no_text, label="mxn")
+    arm = InProcessArm.load(prepared.backend, prepared.chip, model, settings, label="mxn")
     subject = arm.subject
     about = {
         "backend": subject.backend,
@@ -54,10 +54,6 @@ def main() -> None:
         ]
 
     serve(pipe, about, run)
-
-
-def _no_text(text: str) -> list[int]:
-    raise TypeError(f"prompts come as token ids, got {text!r}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import msgspec
 
 from mxn.bench.client import CompletionsClient, RequestResult
 from mxn.bench.load import LoadRun, Session, drive
-from mxn.bench.quality import Asker
+from mxn.bench.quality import Answerer, Asker
 from mxn.bench.records import Subject
 from mxn.energy.reader import PowerReader
 from mxn.engine.http_stream import ConnectionPool
@@ -24,6 +24,9 @@ class Arm(Protocol):
 
     async def run(self, prompts: Sequence[str], max_tokens: int, concurrency: int) -> list[RequestResult]:
         """Answers all prompts, `concurrency` at a time, `max_tokens` each, greedy, not stopping at end of text."""
+
+    def asker(self) -> Answerer:
+        """For questions to the same subject apart from the load."""
 
     def close(self) -> None:
         """Gives back what the arm holds. Safe to call twice."""
@@ -61,7 +64,6 @@ class HttpArm:
         return await drive(self._client, sessions, concurrency=concurrency)
 
     def asker(self) -> Asker:
-        """For questions to the same server apart from the load."""
         return Asker(self._base_url, model=self._model, api_key=self._api_key)
 
     def close(self) -> None:

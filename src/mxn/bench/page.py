@@ -135,7 +135,10 @@ def _cell(cell: Cell, best: float) -> str:
     speed = main.metrics.get("output_tokens_per_s")
     lines = [f"{figure(speed)} tok/s at {main.workload.concurrency or main.workload.arrival} at once"]
     if cell.one is not None:
-        lines.append(f"{figure(cell.one.headline)} tok/s one stream, TTFT {figure(cell.one.metrics.get('ttft_ms'))} ms")
+        lines.append(
+            f"{figure(cell.one.metrics.get('decode_tokens_per_s'))} tok/s one stream, "
+            f"TTFT {figure(cell.one.metrics.get('ttft_ms'))} ms"
+        )
     lines.append(f"{_watts(main.mean_watts)}, {main.scope}")
     return (
         f'<td class="heat" style="--share: {share:.2f}"><b>{number_text(value) if value is not None else "-"} tok/W</b>'

@@ -1,8 +1,9 @@
 """The quality gate: a subject's answers against those of the reference path, so that a faster wrong answer fails.
 
-The reference continues a few texts greedily. Both sides then score the same whole texts in one pass each: agreement is
-the share of positions at which their most likely tokens are the same, and the mean log-likelihood is that of the texts'
-tokens. A server that cannot score texts is compared by how far its own greedy continuation follows the reference's.
+The reference continues a few texts greedily. Both sides then score the same whole texts, and all of them as one long
+text, in one pass each: agreement is the share of positions at which their most likely tokens are the same, and the mean
+log-likelihood is that of the texts' tokens. A server that cannot score texts is compared by how far its own greedy
+continuation follows the reference's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -59,11 +60,24 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """What the reference path says: continuations of `TEXTS`, and its scores of the whole texts."""
+    """What the reference path says: `TEXTS` with their continuations and all of those as one text, and its scores."""
 
     name: str
     texts: tuple[str, ...]
     scores: tuple[Scored, ...]
+
+
+class Answerer(Protocol):
+    """Whatever can be judged. Its methods raise ScoringError when it does not give what the gate needs."""
+
+    async def continue_text(self, text: str) -> str:
+        """What follows the text, greedily, in `CONTINUED_TOKENS` tokens."""
+
+    async def score(self, text: str) -> Scored:
+        """Log-likelihoods of a text's tokens."""
+
+    def close(self) -> None:
+        """Gives back what it holds. Safe to call twice."""
 
 
 class Asker:
@@ -121,14 +135,15 @@ class Asker:
         self._pool.close()
 
 
-async def take_reference(asker: Asker, name: str) -> Reference:
+async def take_reference(asker: Answerer, name: str) -> Reference:
     """Continues and scores the texts. Raises: ScoringError, TransportError when the reference cannot."""
     said = await asyncio.gather(*(asker.continue_text(text) for text in TEXTS))
     texts = tuple(text + more for text, more in zip(TEXTS, said, strict=True))
+    texts += ("\n\n".join(texts),)
     return Reference(name=name, texts=texts, scores=tuple(await asyncio.gather(*map(asker.score, texts))))
 
 
-async def judge(asker: Asker, reference: Reference) -> Quality:
+async def judge(asker: Answerer, reference: Reference) -> Quality:
     """A subject against the reference. What cannot be compared does not pass, and the note says why."""
     try:
         return _judge_scores(reference, await asyncio.gather(*map(asker.score, reference.texts)))
@@ -137,7 +152,7 @@ async def judge(asker: Asker, reference: Reference) -> Quality:
             said = await asyncio.gather(*map(asker.continue_text, TEXTS))
             followed = [
                 _followed(text[len(start) :], own)
-                for start, text, own in zip(TEXTS, reference.texts, said, strict=True)
+                for start, text, own in zip(TEXTS, reference.texts, said, strict=False)
             ]
         except (ScoringError, TransportError) as err:
             return _failed(reference, str(err))

@@ -10,6 +10,7 @@ from mxn.bench.comparison import mismatches
 from mxn.bench.metrics import Spread
 from mxn.bench.records import Manifest, Record, Report
 from mxn.bench.statistics import ratio_interval
+from mxn.bench.workloads import Workload
 from mxn.core.quantity import Provenance, Quantity
 
 if TYPE_CHECKING:
@@ -42,11 +43,17 @@ def cells(records: Sequence[Record]) -> list[Cell]:
     found = []
     for key in dict.fromkeys((r.subject.model, r.subject.label) for r in records):
         own = [r for r in records if (r.subject.model, r.subject.label) == key]
-        one = next((r for r in own if r.workload.headline == "decode_tokens_per_s"), None)
-        batches = [r for r in own if r.workload.headline == "output_tokens_per_s"]
+        one = next((r for r in own if _is_one_stream(r.workload)), None)
+        batches = [r for r in own if r.workload.headline == "output_tokens_per_s" and r is not one]
         batch = max(batches, key=lambda r: (r.is_result, r.headline.median if r.headline else 0.0), default=None)
         found.append(Cell(one=one, batch=batch, main=batch or one or own[0]))
     return found
+
+
+def _is_one_stream(workload: Workload) -> bool:
+    return workload.headline == "decode_tokens_per_s" or (
+        workload.headline == "output_tokens_per_s" and workload.concurrency == 1
+    )
 
 
 def matrix(records: Sequence[Record]) -> Grid:
@@ -69,7 +76,7 @@ def matrix(records: Sequence[Record]) -> Grid:
             (
                 subject.model,
                 subject.label if subject.backend == "unknown" else f"{subject.backend} {subject.quantisation}",
-                figure(one.headline) if one else "-",
+                figure(one.metrics.get("decode_tokens_per_s")) if one else "-",
                 figure((one or main).metrics.get("ttft_ms")),
                 figure(batch.headline) if batch else "-",
                 number_text(watts.value) if watts.value is not None else "-",

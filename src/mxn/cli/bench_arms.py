@@ -28,10 +28,11 @@ def own_arms(
     threads: int | None,
     label: str,
     readers: Sequence[PowerReader] = (),
+    is_quiet: bool = False,
 ) -> tuple[list[Arm], str]:
     """One server process per quantisation, all up at once. Returns: arms, tokenizer folder.
 
-    readers: what meters the power, instead of what the backends offer.
+    readers: what meters the power, instead of what the backends offer. is_quiet: their progress is not shown.
     """
     from mxn.bench.arms import HttpArm
     from mxn.cli.own_server import own_server
@@ -42,7 +43,7 @@ def own_arms(
     for quantisation in quantisations:
         options = ["--backend", backend, "--quantisation", quantisation]
         options += ["--threads", str(threads)] if threads else []
-        server = stack.enter_context(own_server(model, options))
+        server = stack.enter_context(own_server(model, options, is_quiet=is_quiet))
         name = label if len(quantisations) == 1 else f"{label} {server.quantisation}"
         arms.append(
             HttpArm(
@@ -60,7 +61,6 @@ def in_process_arms(
     from mxn.bench.in_process import InProcessArm
     from mxn.cli.prepare import deployment_config, prepare
     from mxn.cli.progress import Phases
-    from mxn.engine.tokenizer import Tokenizer
 
     arms: list[Arm] = []
     folder = ""
@@ -69,13 +69,11 @@ def in_process_arms(
             config = deployment_config(model=model, backend=backend, quantisation=quantisation, threads=threads)
             prepared = prepare(config, phases)
             folder = prepared.spec.model.folder
-            tokenizer = Tokenizer.load(folder)
             arm = InProcessArm.load(
                 prepared.backend,
                 prepared.chip,
                 prepared.spec.model,
                 prepared.spec.settings,
-                encode=lambda text, t=tokenizer: t.encode(text, add_special_tokens=True),  # type: ignore[misc]
                 label=label if len(quantisations) == 1 else f"{label} {quantisation}",
                 progress=phases,
             )
@@ -135,19 +133,17 @@ def judged(records: Sequence[Record], qualities: dict[str, Quality]) -> list[Rec
 
 
 def judge_arms(arms: Sequence[Arm], reference: Reference) -> dict[str, Quality]:
-    """The quality of every arm that answers over HTTP, by label."""
-    from mxn.bench.arms import HttpArm
+    """The quality of every arm, by label."""
     from mxn.bench.quality import judge
 
     async def ask() -> dict[str, Quality]:
         found = {}
         for arm in arms:
-            if isinstance(arm, HttpArm):
-                asker = arm.asker()
-                try:
-                    found[arm.subject.label] = await judge(asker, reference)
-                finally:
-                    asker.close()
+            asker = arm.asker()
+            try:
+                found[arm.subject.label] = await judge(asker, reference)
+            finally:
+                asker.close()
         return found
 
     return asyncio.run(ask())

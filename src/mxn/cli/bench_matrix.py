@@ -195,7 +195,15 @@ def _measure(cell: _Cell, options: MatrixOptions, references: dict[str, Referenc
         references[cell.name] = reference_of(cell.name)
     with ExitStack() as stack:
         label = f"{cell.backend} {cell.quantisation}"
-        arms, folder = own_arms(stack, cell.name, [cell.quantisation], backend=cell.backend, threads=None, label=label)
+        arms, folder = own_arms(
+            stack,
+            cell.name,
+            [cell.quantisation],
+            backend=cell.backend,
+            threads=None,
+            label=label,
+            is_quiet=True,  # a cell that cannot load says why in the report, and the matrix goes on
+        )
         arms[0].subject = replace(arms[0].subject, model=cell.name)
         qualities = {}
         if options.is_gated and isinstance(arms[0], HttpArm):
