@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mxn.backends.base import Backend, LoadProgress
 from mxn.bench.client import RequestResult
+from mxn.bench.engine_asker import EngineAsker
 from mxn.bench.records import Subject
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
 from mxn.core.request import FinishReason, SamplingParams, SequenceRequest
 from mxn.energy.reader import PowerReader
 from mxn.engine.engine import Engine, EngineSettings
+from mxn.engine.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
@@ -34,13 +36,13 @@ class InProcessArm:
         engine: Engine,
         subject: Subject,
         *,
-        encode: Callable[[str], list[int]],
+        tokenizer: Tokenizer,
         readers: tuple[PowerReader, ...],
     ) -> None:
         self.subject = subject
         self.readers = readers
         self._engine = engine
-        self._encode = encode
+        self._tokenizer = tokenizer
         self._next_id = 1
 
     @classmethod
@@ -51,7 +53,6 @@ class InProcessArm:
         model: Model,
         settings: LoadSettings,
         *,
-        encode: Callable[[str], list[int]],
         label: str,
         progress: LoadProgress = lambda phase, fraction: None,
     ) -> InProcessArm:
@@ -80,7 +81,7 @@ class InProcessArm:
             threads=info.threads,
             notes=info.notes,
         )
-        return cls(engine, subject, encode=encode, readers=(backend.power(chip),))
+        return cls(engine, subject, tokenizer=Tokenizer.load(model.folder), readers=(backend.power(chip),))
 
     async def run(self, prompts: Sequence[str | list[int]], max_tokens: int, concurrency: int) -> list[RequestResult]:
         """All prompts, as text or token ids, `concurrency` sequences at a time.
@@ -95,7 +96,7 @@ class InProcessArm:
             while waiting and len(running) < concurrency:
                 index, prompt = waiting.pop()
                 start_s = time.monotonic()
-                ids = self._encode(prompt) if isinstance(prompt, str) else prompt
+                ids = self._tokenizer.encode(prompt, add_special_tokens=True) if isinstance(prompt, str) else prompt
                 running[self._next_id] = _Running(index, start_s, len(ids))
                 self._engine.add(SequenceRequest(seq_id=self._next_id, prompt_token_ids=ids, sampling=sampling))
                 self._next_id += 1
@@ -120,6 +121,9 @@ class InProcessArm:
                         error=None if is_good else output.error or str(output.finish_reason),
                     )
         return [results[i] for i in range(len(prompts))]
+
+    def asker(self) -> EngineAsker:
+        return EngineAsker(self._engine, self._tokenizer)
 
     def close(self) -> None:
         """Gives the model's memory back."""
