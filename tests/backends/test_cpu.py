@@ -171,7 +171,7 @@ def test_what_was_measured_is_remembered_for_the_same_model_and_machine(saved: M
 def test_missing_kernels_are_said_and_survived(saved: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     from mxn.runner import cpu as runner_cpu
 
-    monkeypatch.setattr(runner_cpu, "_kernels_missing", lambda spec, threads: "no compiler found")
+    monkeypatch.setattr(runner_cpu, "_kernels_missing", lambda *_: "no compiler found")
     executor, _ = load(saved)
     assert executor.info.quantisation == "fp32"
     assert any("not available: no compiler found" in note for note in executor.info.notes)

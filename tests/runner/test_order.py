@@ -99,9 +99,7 @@ def test_settings_that_cannot_keep_the_order_are_refused(
         ("mixtral", r"layer programs \(experts by modules.*routers are products of floats"),
     ],
 )
-def test_model_that_cannot_keep_the_order_is_refused(
-    family: str, reason: str, make_model: Callable[..., Any]
-) -> None:
+def test_model_that_cannot_keep_the_order_is_refused(family: str, reason: str, make_model: Callable[..., Any]) -> None:
     _, saved = make_model(family)
     with pytest.raises(UnsupportedModelError, match=f'order "fixed" cannot be kept by {reason}'):
         load(saved)
