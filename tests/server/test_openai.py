@@ -51,7 +51,9 @@ WRONG_NUMBERS = st.one_of(
 
 def deployment() -> Deployment:
     tokenizer = SimpleNamespace(eos_token_ids=(7, 9), vocab_size=VOCAB)
-    return cast(Deployment, SimpleNamespace(name="m", tokenizer=tokenizer, info=None, max_context=CONTEXT))
+    model = SimpleNamespace(spec=SimpleNamespace(task="generate"))
+    facts = SimpleNamespace(name="m", tokenizer=tokenizer, info=None, max_context=CONTEXT, model=model)
+    return cast(Deployment, facts)
 
 
 def refusal(kind: type[ChatRequest] | type[CompletionRequest], body: dict[str, Any]) -> RequestError:

@@ -1,9 +1,10 @@
 """The adapter interface, version 1: what a chip's backend gives to mxn.
 
 A backend names the chips it can reach, says which models they can run, and then does one of two things: it loads a
-model as an `Executor`, which mxn's own engine drives step by step, or it describes a `ServerSpec`, a server of its own
-that mxn launches, watches and speaks OpenAI's protocol with. Values are frozen dataclasses of plain types. Nothing here
-imports torch; a backend imports heavy libraries inside `load` only, which runs in the replica's own process.
+model as an `Executor`, which mxn's own engine drives step by step (as an `Embedder` where the model makes vectors), or
+it describes a `ServerSpec`, a server of its own that mxn launches, watches and speaks OpenAI's protocol with. Values
+are frozen dataclasses of plain types. Nothing here imports torch; a backend imports heavy libraries inside `load`
+only, which runs in the replica's own process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import ClassVar, Literal
 from mxn.backends.contract import API_VERSION, check_class, check_version
 from mxn.core.batch import StepBatch, StepResult
 from mxn.core.chip import Chip
-from mxn.core.model import LoadSettings, Model, ModelSpec
+from mxn.core.model import LoadSettings, Model, ModelSpec, Task
 from mxn.core.quantity import Quantity
 from mxn.energy.reader import PowerReader
 from mxn.errors import BackendError
@@ -25,6 +26,7 @@ __all__ = [  # API_VERSION is defined where it is checked
     "API_VERSION",
     "Backend",
     "Capabilities",
+    "Embedder",
     "Executor",
     "ExecutorInfo",
     "KVCopy",
@@ -76,6 +78,7 @@ class Capabilities:
     is_scripted: tokens are made up, not computed from the model's weights, as on a simulated chip for tests; nobody is
       served by it who did not ask for it by name.
     dtypes, quantisations: names as in `LoadSettings.quantisation`.
+    tasks: what it loads models for; "embed" means that `load` gives an `Embedder` for a model that embeds.
     """
 
     kv: Literal["paged", "slots", "own"]
@@ -87,6 +90,7 @@ class Capabilities:
     is_scripted: bool = False
     dtypes: tuple[str, ...] = ()
     quantisations: tuple[str, ...] = ()
+    tasks: tuple[Task, ...] = ("generate",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +181,37 @@ class Executor(ABC):
     @abstractmethod
     def copy_kv(self, copies: Sequence[KVCopy]) -> None:
         """Copies KV between blocks or slots, in order. A paged executor may copy whole blocks."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives memory back. Safe to call twice."""
+
+
+class Embedder(ABC):
+    """A model loaded on chips that makes one vector of each text. One thread calls it; it keeps nothing between calls.
+
+    dimensions: numbers in a vector. In `info`, `max_context` is the longest text in tokens and `kv_bytes` is 0.
+    """
+
+    dimensions: int
+    info: ExecutorInfo
+
+    def __init_subclass__(cls) -> None:
+        check_class(cls, Embedder)
+
+    @abstractmethod
+    def warm_up(self) -> WarmUp:
+        """Compiles and touches what requests will need, so the first request is as fast as later ones."""
+
+    @abstractmethod
+    def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
+        """One vector per text, in order: float32, little endian, of length 1 where the model says so.
+
+        A vector depends on its own text only, whatever else is in the batch.
+
+        Args: batch: token ids of each text with the model's special tokens, at most `info.max_context`, at least one.
+        Raises: OutOfMemoryError when the batch did not fit; ChipError when the chip is lost.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -287,8 +322,12 @@ class Backend(ABC):
         """
         return Quantity.unavailable("B", f"the {self.name} backend reads no memory meter")
 
-    def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
-        """Loads the model. Runs in the replica's process. A backend has either this or `serve`.
+    def load(
+        self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress
+    ) -> Executor | Embedder:
+        """Loads the model: an `Embedder` when its task is to embed, else an `Executor`.
+
+        Runs in the replica's process. A backend has either this or `serve`.
 
         Raises: UnsupportedModelError with the reason; OutOfMemoryError; ModelError for damaged files.
         """

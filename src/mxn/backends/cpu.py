@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from mxn import __version__
-from mxn.backends.base import Backend, Capabilities, Executor, LoadProgress, MemoryEstimate, Probe, Support
+from mxn.backends.base import Backend, Capabilities, Embedder, Executor, LoadProgress, MemoryEstimate, Probe, Support
+from mxn.backends.encoder_embedder import EncoderEmbedder
 from mxn.backends.host import available_memory_bytes, cpu_chip, resident_bytes, usable_cores
 from mxn.backends.torch_executor import TorchExecutor
 from mxn.config.environment import cache_dir
@@ -54,9 +55,12 @@ class CpuBackend(Backend):
             can_share_chip=True,
             dtypes=("fp32", "bf16"),
             quantisations=_QUANTISATIONS,
+            tasks=("generate", "embed"),
         )
 
     def supports(self, model: ModelSpec, chip: Chip) -> Support:
+        if model.task == "embed":
+            return Support(verdict="yes", quantisations=("fp32",), max_context=model.max_context)
         from mxn.runner.refusals import refusal_by_architecture
 
         reason = refusal_by_architecture(model.architecture)
@@ -70,7 +74,8 @@ class CpuBackend(Backend):
         )
 
     def estimate(self, model: ModelSpec, settings: LoadSettings, chip: Chip) -> MemoryEstimate:
-        quantisation = "int8" if settings.quantisation == "auto" else settings.quantisation
+        default = "fp32" if model.task == "embed" else "int8"
+        quantisation = default if settings.quantisation == "auto" else settings.quantisation
         return MemoryEstimate(
             weights=_estimate_weights(model, quantisation),
             kv_cache=_estimate_kv(model, settings, chip, quantisation),
@@ -92,7 +97,16 @@ class CpuBackend(Backend):
     def memory_used(self, chip: Chip, pid: int) -> Quantity:
         return resident_bytes(pid)
 
-    def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
+    def load(
+        self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress
+    ) -> Executor | Embedder:
+        if model.spec.task == "embed":
+            from mxn.runner.embedding import load_embedding_runner
+
+            encoder = load_embedding_runner(
+                model, settings, cores=usable_cores(), free_bytes=available_memory_bytes, progress=progress
+            )
+            return EncoderEmbedder(encoder, settings.max_step_tokens)
         from mxn.runner.cpu import load_cpu_runner
         from mxn.runner.tuning import Memory
 
@@ -130,6 +144,8 @@ def _estimate_weights(model: ModelSpec, quantisation: str) -> Quantity:
 
 
 def _estimate_kv(model: ModelSpec, settings: LoadSettings, chip: Chip, quantisation: str) -> Quantity:
+    if model.task == "embed":
+        return Quantity(value=0.0, unit="B", provenance=Provenance.ESTIMATED, source="vectors are made without a cache")
     if settings.kv_bytes is not None:
         source = "kv_bytes as set"
         return Quantity(value=settings.kv_bytes, unit="B", provenance=Provenance.ESTIMATED, source=source)

@@ -16,6 +16,7 @@ import numpy as np
 from mxn.backends.base import (
     Backend,
     Capabilities,
+    Embedder,
     Executor,
     ExecutorInfo,
     KVCopy,
@@ -38,6 +39,7 @@ from mxn.energy.replay import ConstantReader
 from mxn.errors import ChipError, ModelError, OutOfMemoryError
 
 FAKE_W = 10.0
+FAKE_DIMENSIONS = 8
 _BYTES_PER_TOKEN = 4
 
 
@@ -66,6 +68,27 @@ class FakeOptions:
         self.fail_load = values.pop("fail_load", "")
         if values:
             raise ModelError(f"the fake backend does not know the options {', '.join(sorted(values))}")
+
+    def misbehave(self, num_steps: int, texts: Sequence[Sequence[int]]) -> None:
+        """Does what a step with these tokens, the `num_steps`-th, is scripted to do instead of its work."""
+        if self.die_after and num_steps > self.die_after:
+            import os
+
+            os._exit(17)
+        if self.hang_after and num_steps > self.hang_after:
+            time.sleep(3600)
+        if self.lose_chip_after and num_steps > self.lose_chip_after:
+            raise ChipError("chip fake-0 is lost: it stopped answering")
+        for text in texts:
+            if self.raise_on in text:
+                raise RuntimeError(f"the fake chip cannot compute token {self.raise_on}")
+            if self.oom_on in text:
+                raise OutOfMemoryError("the step needs 2 GiB; the fake chip has 1 GiB free")
+
+    def take_time(self, num_tokens: int) -> None:
+        """Sleeps as long as a step of so many tokens takes."""
+        if self.step_s or self.token_s:
+            time.sleep(self.step_s + self.token_s * num_tokens)
 
 
 class FakeExecutor(Executor):
@@ -96,7 +119,7 @@ class FakeExecutor(Executor):
     def execute(self, batch: StepBatch) -> StepResult:
         options = self._options
         self._num_steps += 1
-        self._misbehave(batch)
+        options.misbehave(self._num_steps, [step.token_ids for step in batch.sequences])
         tokens, failed = [], []
         for step in batch.sequences:
             context = self._write(step)
@@ -104,8 +127,7 @@ class FakeExecutor(Executor):
                 failed.append((step.seq_id, "the model's output is not a number"))
             elif step.is_sampled:
                 tokens.append(self._draw(step, context))
-        if options.step_s or options.token_s:
-            time.sleep(options.step_s + options.token_s * batch.num_tokens)
+        options.take_time(batch.num_tokens)
         return StepResult(tokens=tuple(tokens), failed=tuple(failed))
 
     def copy_kv(self, copies: Sequence[KVCopy]) -> None:
@@ -143,22 +165,6 @@ class FakeExecutor(Executor):
             logprob = TokenLogprob(token_id=token_id, logprob=-0.5, top=top)
         return SampledToken(seq_id=step.seq_id, token_id=token_id, logprob=logprob)
 
-    def _misbehave(self, batch: StepBatch) -> None:
-        options = self._options
-        if options.die_after and self._num_steps > options.die_after:
-            import os
-
-            os._exit(17)
-        if options.hang_after and self._num_steps > options.hang_after:
-            time.sleep(3600)
-        if options.lose_chip_after and self._num_steps > options.lose_chip_after:
-            raise ChipError("chip fake-0 is lost: it stopped answering")
-        for step in batch.sequences:
-            if options.raise_on in step.token_ids:
-                raise RuntimeError(f"the fake chip cannot compute token {options.raise_on}")
-            if options.oom_on in step.token_ids:
-                raise OutOfMemoryError("the step needs 2 GiB; the fake chip has 1 GiB free")
-
 
 class FakeSlotExecutor(FakeExecutor):
     """The same over whole-sequence slots; refuses steps in which prompt chunks and decoding sequences are mixed."""
@@ -181,6 +187,46 @@ class FakeSlotExecutor(FakeExecutor):
 
     def _rooms(self, step: SequenceStep) -> Sequence[int]:
         return (step.slot,)
+
+
+class FakeEmbedder(Embedder):
+    """Makes vectors of length 1 out of a hash of the token ids."""
+
+    def __init__(self, *, vocab_size: int, max_context: int, options: FakeOptions):
+        self.dimensions = FAKE_DIMENSIONS
+        self.info = ExecutorInfo(
+            attention="none",
+            quantisation="none",
+            device="fake",
+            threads=None,
+            weight_bytes=0,
+            kv_bytes=0,
+            max_context=max_context,
+            vocab_size=vocab_size,
+            notes=("simulated chip: vectors, timing and power are scripted",),
+        )
+        self._options = options
+        self._num_steps = 0
+
+    def warm_up(self) -> WarmUp:
+        return WarmUp(compiled=(), seconds=0.0, memory_bytes=0)
+
+    def embed(self, batch: Sequence[Sequence[int]]) -> Sequence[bytes]:
+        self._num_steps += 1
+        self._options.misbehave(self._num_steps, batch)
+        self._options.take_time(sum(map(len, batch)))
+        nothing = np.full(FAKE_DIMENSIONS, np.nan, dtype="<f4").tobytes()
+        return [nothing if self._options.nan_on in text else fake_vector(text) for text in batch]
+
+    def close(self) -> None:
+        pass
+
+
+def fake_vector(token_ids: Sequence[int]) -> bytes:
+    """The vector a correct engine must answer for a text."""
+    seed = zlib.crc32(np.asarray(token_ids, dtype=np.int32).tobytes())
+    vector = np.random.default_rng(seed).standard_normal(FAKE_DIMENSIONS)
+    return (vector / np.linalg.norm(vector)).astype("<f4").tobytes()
 
 
 def fake_next_token(context: np.ndarray[tuple[int], np.dtype[np.int32]], salt: int, vocab_size: int) -> int:
@@ -208,6 +254,7 @@ class FakeBackend(Backend):
             has_graph_capture=False,
             can_share_chip=True,
             is_scripted=True,
+            tasks=("generate", "embed"),
         )
 
     def supports(self, model: ModelSpec, chip: Chip) -> Support:
@@ -229,18 +276,24 @@ class FakeBackend(Backend):
     def memory_used(self, chip: Chip, pid: int) -> Quantity:
         return resident_bytes(pid)
 
-    def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
+    def load(
+        self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress
+    ) -> Executor | Embedder:
         options = FakeOptions(settings.options)
         for i in range(1, 5):
             time.sleep(options.load_s / 4)
             progress("weights", i / 4)
         if options.fail_load:
             raise ModelError(options.fail_load)
+        vocab_size = model.spec.vocab_size
+        max_context = min(settings.context_length or model.spec.max_context, model.spec.max_context)
+        if model.spec.task == "embed":
+            return FakeEmbedder(vocab_size=vocab_size, max_context=max_context, options=options)
         return FakeExecutor(
             num_blocks=self._num_blocks(model.spec, settings),
             block_size=settings.block_size,
-            vocab_size=model.spec.vocab_size,
-            max_context=min(settings.context_length or model.spec.max_context, model.spec.max_context),
+            vocab_size=vocab_size,
+            max_context=max_context,
             options=options,
         )
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mxn.backends.base import (
     Backend,
     Capabilities,
+    Embedder,
     Executor,
     ExecutorInfo,
     KVCopy,
@@ -19,6 +20,7 @@ from mxn.backends.base import (
     Support,
     WarmUp,
 )
+from mxn.backends.encoder_embedder import EncoderEmbedder
 from mxn.backends.host import available_memory_bytes, cpu_chip, resident_bytes, usable_cores
 from mxn.core.batch import StepBatch, StepResult
 from mxn.core.chip import Chip
@@ -81,9 +83,13 @@ class OnnxBackend(Backend):
             can_share_chip=True,
             dtypes=("fp32",),
             quantisations=_QUANTISATIONS,
+            tasks=("generate", "embed"),
         )
 
     def supports(self, model: ModelSpec, chip: Chip) -> Support:
+        if model.task == "embed":
+            reason = "runs the ONNX graph that comes with the model, in the numbers it holds"
+            return Support(verdict="yes", reasons=(reason,), max_context=model.max_context)
         if model.architecture not in ARCHITECTURES:
             reason = f"no proven export of {model.architecture}; available: {', '.join(ARCHITECTURES)}"
             return Support(verdict="no", reasons=(reason,))
@@ -121,7 +127,16 @@ class OnnxBackend(Backend):
     def memory_used(self, chip: Chip, pid: int) -> Quantity:
         return resident_bytes(pid)
 
-    def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
+    def load(
+        self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress
+    ) -> Executor | Embedder:
+        if model.spec.task == "embed":
+            from mxn.runner.onnx.embedding import load_onnx_embedding_runner
+
+            encoder = load_onnx_embedding_runner(
+                model, settings, cores=usable_cores(), free_bytes=available_memory_bytes, progress=progress
+            )
+            return EncoderEmbedder(encoder, settings.max_step_tokens)
         from mxn.errors import UnsupportedModelError
         from mxn.runner.onnx.load import load_onnx_runner
 
@@ -183,6 +198,8 @@ def _estimate_weights(model: ModelSpec, quantisation: str) -> Quantity:
 
 
 def _estimate_kv(model: ModelSpec, settings: LoadSettings, chip: Chip) -> Quantity:
+    if model.task == "embed":
+        return Quantity(value=0.0, unit="B", provenance=Provenance.ESTIMATED, source="vectors are made without a cache")
     context = min(settings.context_length or model.max_context, model.max_context)
     slot = context * model.kv_bytes_per_token(4.0)
     wanted = settings.auto_kv_tokens(context) / context * slot

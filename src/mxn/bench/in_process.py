@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mxn.backends.base import Backend, LoadProgress
+from mxn.backends.base import Backend, Embedder, LoadProgress
 from mxn.bench.client import RequestResult
 from mxn.bench.engine_asker import EngineAsker
 from mxn.bench.records import Subject
@@ -16,6 +16,7 @@ from mxn.core.request import FinishReason, SamplingParams, SequenceRequest
 from mxn.energy.reader import PowerReader
 from mxn.engine.engine import Engine, EngineSettings
 from mxn.engine.tokenizer import Tokenizer
+from mxn.errors import ConfigError
 
 
 @dataclass(slots=True)
@@ -58,6 +59,8 @@ class InProcessArm:
     ) -> InProcessArm:
         """Loads the model through the backend in this process (which then holds whatever the backend imports)."""
         executor = backend.load(model, settings, [chip], progress)
+        if isinstance(executor, Embedder):
+            raise ConfigError(f"{model.name} makes vectors; the workloads are for models that generate")
         executor.warm_up()
         engine = Engine(
             executor,

@@ -122,6 +122,10 @@ def choose(name: str, model: ModelSpec, settings: LoadSettings) -> tuple[Backend
             refusals.append(f"{candidate} is {probe.state}: {probe.reason}")
             continue
         for chip in backend.chips():
+            tasks = backend.capabilities(chip).tasks
+            if model.task not in tasks:
+                refusals.append(f"{candidate} loads models that {' or '.join(tasks)}; this one is to {model.task}")
+                continue
             support = backend.supports(model, chip)
             if support.verdict == "no":
                 refusals.append(f"{candidate} on {chip.uid} cannot run it: {'; '.join(support.reasons)}")

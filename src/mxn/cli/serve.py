@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mxn.cli.prepare import Prepared
     from mxn.cli.progress import Phases
     from mxn.config.deployments import DeploymentConfig, DeploymentsFile
+    from mxn.core.model import Task
     from mxn.engine.messages import ReplicaInfo
     from mxn.fleet.fleet import Fleet
     from mxn.server.settings import ServerSettings
@@ -207,17 +208,23 @@ def _announce(fleet: Fleet, prepared: list[Prepared], url: str, settings: Server
             continue
         console.print(f"\n{deployment.name} is served at {url}", style="bold", markup=False)
         print_pairs(console, _lines(deployment.info, one))
-    first = ready[0][0].name
+    route, question = _example(ready[0][0].name, ready[0][1].spec.model.spec.task)
     key = ' -H "Authorization: Bearer $MXN_API_KEY"' if settings.api_keys else ""
-    question = {"role": "user", "content": "What is the capital of France?"}
-    body = json.dumps({"model": first, "temperature": 0, "messages": [question]})
     console.print("\nTry it:", markup=False)
     console.print(
-        f"  curl {url}/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'",
+        f"  curl {url}/{route} -H 'Content-Type: application/json'{key} \\\n    -d '{json.dumps(question)}'",
         markup=False,
         soft_wrap=True,
     )
     console.print("Ctrl-C stops it.", markup=False)
+
+
+def _example(model: str, task: Task) -> tuple[str, dict[str, Any]]:
+    """A route and a body to try a model with."""
+    if task == "embed":
+        return "embeddings", {"model": model, "input": "What is the capital of France?"}
+    message = {"role": "user", "content": "What is the capital of France?"}
+    return "chat/completions", {"model": model, "temperature": 0, "messages": [message]}
 
 
 def _lines(info: ReplicaInfo, one: Prepared) -> list[tuple[str, str]]:

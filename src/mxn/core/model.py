@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Task = Literal["generate", "embed"]
+"""What a model is for: continuing token sequences, or making one vector of each text."""
+
 QuantisationName = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 
 
@@ -15,6 +18,7 @@ class ModelSpec:
     architecture: transformers' `model_type` ("llama", "qwen3_moe", ...).
     layer_windows: per layer, tokens a query sees including itself, or None for full attention.
     num_active_parameters: parameters that one token uses (less than `num_parameters` for mixture of experts).
+    max_context: tokens of a sequence, prompt and output together; tokens of a text where the task is to embed.
     """
 
     architecture: str
@@ -29,6 +33,7 @@ class ModelSpec:
     num_parameters: int | None
     num_active_parameters: int | None = None
     layer_windows: tuple[int | None, ...] = ()
+    task: Task = "generate"
 
     def kv_bytes_per_token(self, bytes_per_element: float) -> float:
         """Bytes that one token occupies in the KV cache over all layers."""

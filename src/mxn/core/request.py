@@ -78,16 +78,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceRequest:
-    """One token stream that is asked for.
+    """One token stream that is asked for, or the vector of one text from a model that embeds.
 
     seq_id: unique within the replica, chosen by the gateway, never by a client.
+    sampling: means nothing to a model that embeds.
     cache_salt: which tenant's prefix blocks it may share; derived by the server.
     priority: lower is served first; ties in order of arrival.
     """
 
     seq_id: int
     prompt_token_ids: list[int]
-    sampling: SamplingParams
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
     priority: int = 0
 
@@ -113,6 +114,7 @@ class SequenceOutput:
     num_cached_tokens: prompt tokens that came out of the prefix cache.
     finish_reason: set exactly once, on the last output of the sequence. error: text for ERROR.
     energy_j: with the last output: the sequence's share of its chip's joules, when something meters the chip.
+    vector: from a model that embeds, with the only output: float32, little endian.
     """
 
     seq_id: int
@@ -125,6 +127,7 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     error: str | None = None
     energy_j: float | None = None
+    vector: bytes | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -63,6 +63,7 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
 
     weight_bytes, kv_bytes: None where a server keeps them to itself.
     num_blocks, block_size: 0 where mxn divides no cache.
+    dimensions: numbers in a vector, from a model that embeds.
     refused: request fields that it cannot serve, by the names of the API.
     """
 
@@ -81,6 +82,7 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     program: str = "unknown"
     notes: list[str]
     load_s: dict[str, float]
+    dimensions: int | None = None
     refused: list[str] = []
     power_source: str = "none"
     power_provenance: str = "unavailable"

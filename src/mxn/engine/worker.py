@@ -15,7 +15,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from mxn.backends.base import Backend, Executor
+from mxn.backends.base import Backend, Embedder, Executor
 from mxn.backends.registry import load_backend
 from mxn.config.environment import log_level
 from mxn.core.request import FinishReason, SequenceOutput
@@ -23,6 +23,7 @@ from mxn.energy.attribution import StepLedger
 from mxn.energy.reader import NullReader
 from mxn.energy.window import PROVENANCE
 from mxn.engine.channel import ChannelError, ReplicaChannel
+from mxn.engine.embedding import BatchLimits, EmbeddingEngine
 from mxn.engine.engine import Engine, EngineSettings
 from mxn.engine.messages import (
     Abort,
@@ -101,7 +102,7 @@ def run(channel: ReplicaChannel) -> int:
         return EXIT_LOAD_FAILED
     channel.send(Ready(info))
     try:
-        if isinstance(runner, Engine):
+        if isinstance(runner, Engine | EmbeddingEngine):
             return _serve(runner, Inbox(channel), channel)
         runner.serve(channel)
         return 0
@@ -118,7 +119,7 @@ def run(channel: ReplicaChannel) -> int:
         runner.close()
 
 
-def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | ServerReplica, ReplicaInfo]:
+def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | EmbeddingEngine | ServerReplica, ReplicaInfo]:
     seconds: dict[str, float] = {}
     last = time.monotonic()
 
@@ -136,33 +137,41 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | ServerReplic
         from mxn.engine.proxy.replica import ServerReplica  # brings an HTTP client that no other replica needs
 
         return ServerReplica.start(backend, message, channel, progress, seconds)
-    executor = backend.load(message.model, settings, message.chips, progress)
+    loaded = backend.load(message.model, settings, message.chips, progress)
     progress("load", 1.0)
     progress("warm-up", 0.0)
-    warm_up = executor.warm_up()
+    warm_up = loaded.warm_up()
     progress("warm-up", 1.0)
     log.info("warmed up in %.2f s: %s", warm_up.seconds, ", ".join(warm_up.compiled) or "nothing to compile")
-    info = executor.info
     power = backend.power(message.chips[0])
     log.info("energy of requests: %s (%s)", power.name, power.detail)
+    ledger = None if isinstance(power, NullReader) else StepLedger(power, chip_share=message.chip_share)
+    described = _describe(message, loaded, seconds)
+    described.power_source, described.power_provenance = power.name, PROVENANCE[power.kind]
+    if isinstance(loaded, Embedder):
+        limits = BatchLimits(max_num_seqs=settings.max_num_seqs, max_step_tokens=settings.max_step_tokens)
+        described.dimensions = loaded.dimensions
+        return EmbeddingEngine(loaded, limits, ledger=ledger), described
     engine = Engine(
-        executor,
+        loaded,
         EngineSettings(
             max_num_seqs=settings.max_num_seqs,
             max_step_tokens=settings.max_step_tokens,
             prefix_cache=settings.prefix_cache,
-            fingerprint=f"{message.model.revision}/{message.backend}/{info.quantisation}/{info.attention}",
+            fingerprint=(
+                f"{message.model.revision}/{message.backend}/{loaded.info.quantisation}/{loaded.info.attention}"
+            ),
             has_mixed_steps=backend.capabilities(message.chips[0]).has_mixed_steps,
         ),
-        ledger=None if isinstance(power, NullReader) else StepLedger(power, chip_share=message.chip_share),
+        ledger=ledger,
     )
-    described = _describe(message, executor, engine, seconds)
-    described.power_source, described.power_provenance = power.name, PROVENANCE[power.kind]
+    described.num_blocks, described.block_size = engine.stats.num_total_blocks, engine.placement.room_tokens
+    described.max_context = engine.max_context
     return engine, described
 
 
-def _describe(message: Load, executor: Executor, engine: Engine, load_s: dict[str, float]) -> ReplicaInfo:
-    info = executor.info
+def _describe(message: Load, loaded: Executor | Embedder, load_s: dict[str, float]) -> ReplicaInfo:
+    info = loaded.info
     return ReplicaInfo(
         pid=os.getpid(),
         backend=message.backend,
@@ -172,9 +181,9 @@ def _describe(message: Load, executor: Executor, engine: Engine, load_s: dict[st
         threads=info.threads,
         weight_bytes=info.weight_bytes,
         kv_bytes=info.kv_bytes,
-        num_blocks=engine.stats.num_total_blocks,
-        block_size=engine.placement.room_tokens,
-        max_context=engine.max_context,
+        num_blocks=0,
+        block_size=0,
+        max_context=info.max_context,
         vocab_size=info.vocab_size,
         program=info.program,
         notes=list(info.notes),
@@ -182,7 +191,7 @@ def _describe(message: Load, executor: Executor, engine: Engine, load_s: dict[st
     )
 
 
-def _serve(engine: Engine, inbox: Inbox, channel: ReplicaChannel) -> int:
+def _serve(engine: Engine | EmbeddingEngine, inbox: Inbox, channel: ReplicaChannel) -> int:
     is_stopping = False
     while True:
         outputs: list[SequenceOutput] = []
@@ -204,7 +213,7 @@ def _serve(engine: Engine, inbox: Inbox, channel: ReplicaChannel) -> int:
             return 0
 
 
-def _handle(engine: Engine, message: ToReplica) -> list[SequenceOutput]:
+def _handle(engine: Engine | EmbeddingEngine, message: ToReplica) -> list[SequenceOutput]:
     if isinstance(message, Start):
         try:
             engine.add(message.request)
@@ -213,7 +222,7 @@ def _handle(engine: Engine, message: ToReplica) -> list[SequenceOutput]:
             return [SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.ERROR, error=str(error))]
     elif isinstance(message, Abort):
         return engine.abort(message.seq_ids)
-    elif isinstance(message, ResetPrefixCache):
+    elif isinstance(message, ResetPrefixCache) and isinstance(engine, Engine):
         engine.reset_prefix_cache()
     return []
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
-from mxn.core.request import SamplingParams, SequenceRequest
+from mxn.core.request import SamplingParams, SequenceOutput, SequenceRequest
 from mxn.engine.messages import Load, ReplicaInfo, ReplicaState
 from mxn.engine.stats import EngineStats
 from mxn.engine.tokenizer import Tokenizer
@@ -126,16 +126,6 @@ class Deployment:
         Raises: UnavailableError when nothing can serve it now, OverloadedError when the queue is full, RequestError
         when it can never be served.
         """
-        replica = self._replica
-        if not self.is_ready or replica is None:
-            why = self.reason or ("the replica is stalled" if self.is_stalled else f"it is {self.state}")
-            raise UnavailableError(f'model "{self.name}" cannot serve now: {why}')
-        limit = self.settings.max_num_seqs + self.spec.max_queue
-        if replica.num_streams >= limit:
-            raise OverloadedError(
-                f'model "{self.name}" has {replica.num_streams} sequences in line, the limit is {limit}; retry later',
-                retry_after_s=self._retry_after_s(replica),
-            )
         if len(prompt_token_ids) >= self.max_context:
             raise RequestError(
                 f"the prompt has {len(prompt_token_ids)} tokens, this model serves at most {self.max_context} "
@@ -143,17 +133,42 @@ class Deployment:
                 param="prompt",
                 code="context_length_exceeded",
             )
-        request = SequenceRequest(
-            seq_id=next(self._seq_ids),
-            prompt_token_ids=prompt_token_ids,
-            sampling=sampling,
-            cache_salt=cache_salt,
-            priority=priority,
+        return self._begin(
+            SequenceRequest(
+                seq_id=next(self._seq_ids),
+                prompt_token_ids=prompt_token_ids,
+                sampling=sampling,
+                cache_salt=cache_salt,
+                priority=priority,
+            )
         )
+
+    async def embed(self, texts: Sequence[list[int]], *, max_open: int) -> list[SequenceOutput]:
+        """One output with a vector per text, in order. At most `max_open` texts are in line at once, others follow.
+
+        The texts have passed the front door's checks.
+        Raises: UnavailableError, OverloadedError as `submit`; BackendError naming a text that has no vector.
+        """
+        streams: deque[SequenceStream] = deque()
+        outputs: list[SequenceOutput] = []
+        num_begun = 0
         try:
-            return replica.submit(request)
-        except ReplicaDiedError as error:
-            raise UnavailableError(f'model "{self.name}" cannot serve now: {error}') from error
+            while len(outputs) < len(texts):
+                while num_begun < len(texts) and len(streams) < max_open:
+                    try:
+                        request = SequenceRequest(seq_id=next(self._seq_ids), prompt_token_ids=texts[num_begun])
+                        streams.append(self._begin(request))
+                    except OverloadedError:
+                        if not streams:
+                            raise
+                        break  # others fill the line: go on when one of ours has left it
+                    num_begun += 1
+                outputs.append(await _vector_of(streams[0], len(outputs)))
+                streams.popleft()
+        finally:
+            for stream in streams:
+                stream.abort()
+        return outputs
 
     async def reset_prefix_cache(self) -> None:
         """Forgets cached prefixes, for measurements without reuse."""
@@ -231,6 +246,22 @@ class Deployment:
         self.reason = self._replica.end_reason
         await self._replica.kill()
 
+    def _begin(self, request: SequenceRequest) -> SequenceStream:
+        replica = self._replica
+        if not self.is_ready or replica is None:
+            why = self.reason or ("the replica is stalled" if self.is_stalled else f"it is {self.state}")
+            raise UnavailableError(f'model "{self.name}" cannot serve now: {why}')
+        limit = self.settings.max_num_seqs + self.spec.max_queue
+        if replica.num_streams >= limit:
+            raise OverloadedError(
+                f'model "{self.name}" has {replica.num_streams} sequences in line, the limit is {limit}; retry later',
+                retry_after_s=self._retry_after_s(replica),
+            )
+        try:
+            return replica.submit(request)
+        except ReplicaDiedError as error:
+            raise UnavailableError(f'model "{self.name}" cannot serve now: {error}') from error
+
     def _on_phase(self, phase: str, fraction: float) -> None:
         self.load_phase, self.load_fraction = phase, fraction
 
@@ -245,3 +276,13 @@ class Deployment:
         if not stats.num_finished or not stats.busy_s:
             return 1.0
         return min(60.0, math.ceil(0.5 * replica.num_streams * stats.busy_s / stats.num_finished))
+
+
+async def _vector_of(stream: SequenceStream, index: int) -> SequenceOutput:
+    """The one output of text number `index`. Raises: MxnError when it holds no vector."""
+    async for output in stream:
+        if output.error is not None:
+            raise BackendError(f"input {index}: {output.error}")
+        if output.vector is not None:
+            return output
+    raise UnavailableError(f"the server ended this request before input {index} was embedded", retry_after_s=1.0)

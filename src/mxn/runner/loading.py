@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +25,8 @@ LoadProgress = Callable[[str, float], None]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_POOLER = "pooler."
+"""Layers of BERT's classifier over its first token, which no vector goes through and some files lack."""
 _MAX_HEADER_BYTES = 100 * 1024 * 1024  # the safetensors format's own limit
 
 
@@ -63,25 +65,56 @@ def load_model(
     Args: dtype: None for that of the files.
     Raises: ModelError that names a missing, truncated or incomplete file, or a weight that holds NaN or infinity.
     """
-    files = check_weight_files(folder)
     register()
+    model = _load(
+        AutoModelForCausalLM,
+        folder,
+        progress,
+        config=copy.deepcopy(config),
+        dtype=dtype or "auto",
+        attn_implementation=ATTENTION_NAME,
+    )
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_encoder(folder: str, *, progress: LoadProgress) -> PreTrainedModel:
+    """The model without a head, in float32 and evaluation mode, with transformers' own attention.
+
+    Raises: ModelError as `load_model`; UnsupportedModelError when transformers has no such architecture.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"{folder}: transformers {transformers.__version__} cannot read the config: {error}"
+        ) from error
+    model = _load(AutoModel, folder, progress, unused=_POOLER, config=config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def _load(auto: type, folder: str, progress: LoadProgress, *, unused: str | None = None, **settings: Any) -> Any:
+    """A model by one of transformers' auto classes, from safetensors alone, every weight there and finite.
+
+    Args: unused: weights whose names begin so may be missing.
+    """
+    files = check_weight_files(folder)
     with _reported(progress):
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto.from_pretrained(  # type: ignore[attr-defined]
                 folder,
-                config=copy.deepcopy(config),
-                dtype=dtype or "auto",
-                attn_implementation=ATTENTION_NAME,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **settings,
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(f"{folder}: transformers could not load the weights: {error}") from error
+    if unused is not None:
+        report["missing_keys"] = [key for key in report.get("missing_keys") or () if not key.startswith(unused)]
     _check_report(folder, files, report)
     _check_finite(folder, model)
-    return model.to(device).eval().requires_grad_(False)
+    return model
 
 
 def check_weight_files(folder: str) -> list[Path]:

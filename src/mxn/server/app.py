@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from mxn import __version__
 from mxn.server.admin import AdminRoutes, DetokenizeEndpoint, TokenizeEndpoint
+from mxn.server.embeddings import EmbeddingsEndpoint
 from mxn.server.errors import ErrorAnswer
 from mxn.server.gate import Gate
 from mxn.server.gateway import Gateway
@@ -65,6 +66,7 @@ def _routes(gateway: Gateway) -> list[Route]:
     return [
         Route("/v1/chat/completions", ChatEndpoint(gateway), methods=["POST"]),
         Route("/v1/completions", CompletionEndpoint(gateway), methods=["POST"]),
+        Route("/v1/embeddings", EmbeddingsEndpoint(gateway), methods=["POST"]),
         Route("/v1/models", admin.models),
         Route("/v1/models/{model:path}", admin.model),
         Route("/tokenize", TokenizeEndpoint(gateway), methods=["POST"]),

@@ -15,7 +15,7 @@ from mxn.errors import MxnError, OverloadedError, ReplicaDiedError, RequestError
 log = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_PATH = re.compile(r"(?<![\w/.])/(?:[\w.@+-]+/)+[\w.@+-]*|[A-Za-z]:\\[^\s'\"]+")
+_PATH = re.compile(r"(?<![\w/.])/(?!v1/)(?:[\w.@+-]+/)+[\w.@+-]*|[A-Za-z]:\\[^\s'\"]+")
 _MAX_MESSAGE_CHARS = 600
 
 

@@ -17,6 +17,8 @@ MAX_STOP = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
 MAX_LOGIT_BIAS = 1024
+MAX_INPUTS = 2048
+"""OpenAI's limit on the texts of one request for embeddings."""
 
 TEMPLATE_KWARGS = ("enable_thinking", "thinking", "preserve_thinking")
 """Switches that chat templates read. Nothing else of a request reaches a template but its messages."""
@@ -91,6 +93,19 @@ def _check_prompt(value: object) -> list[str] | list[list[int]]:
     )
 
 
+def _check_input(value: object) -> list[str] | list[list[int]]:
+    """One or more texts to embed, in the forms a prompt has, none of them empty."""
+    try:
+        texts = _check_prompt(value)
+    except RequestError as error:
+        raise RequestError(str(error).replace("prompt must", "input must", 1), param="input") from None
+    if len(texts) > MAX_INPUTS:
+        raise RequestError(f"input holds {len(texts)} texts, the limit is {MAX_INPUTS}", param="input")
+    if not all(texts):
+        raise RequestError("input holds an empty text; each has at least one character", param="input")
+    return texts
+
+
 def _check_metadata(value: object) -> None:
     if value is None:
         return
@@ -154,20 +169,16 @@ StopTokenIds = Annotated[
         {"type": ["array", "null"], "maxItems": MAX_STOP_TOKEN_IDS, "items": {"type": "integer", "minimum": 0}}
     ),
 ]
-Prompt = Annotated[
-    Any,
-    PlainValidator(_check_prompt),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                _IDS_SCHEMA,
-                {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
-            ]
-        }
-    ),
-]
+_TEXTS_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        _IDS_SCHEMA,
+        {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
+    ]
+}
+Prompt = Annotated[Any, PlainValidator(_check_prompt), WithJsonSchema(_TEXTS_SCHEMA)]
+Input = Annotated[Any, PlainValidator(_check_input), WithJsonSchema(_TEXTS_SCHEMA)]
 Metadata = Annotated[
     Any,
     PlainValidator(_check_metadata),

@@ -8,6 +8,7 @@ import hmac
 import secrets
 from typing import TYPE_CHECKING, Any
 
+from mxn.core.model import Task
 from mxn.errors import RequestError, UnavailableError
 from mxn.server.errors import brief
 from mxn.server.metrics import Metrics, ModelMetrics
@@ -30,6 +31,12 @@ class Served:
         self.encoder = PromptEncoder(deployment, gateway.settings)
         self.metrics = ModelMetrics(gateway.metrics, deployment.name)
         self.fingerprint = f"mxn-{deployment.model.revision[:12]}"
+
+    @property
+    def power_source(self) -> str:
+        """What meters the deployment's chip, and how far to trust it."""
+        info = self.deployment.info
+        return f"{info.power_source} ({info.power_provenance})" if info is not None else "none (unavailable)"
 
 
 class Gateway:
@@ -63,6 +70,19 @@ class Gateway:
                 param="model",
                 code="model_not_found",
                 status=404,
+            )
+        return found
+
+    def deployment_for(self, task: Task, name: str) -> Deployment:
+        """The deployment that serves `name`, whose model must be for `task`. Raises: RequestError."""
+        found = self.deployment(name)
+        if (own := found.model.spec.task) != task:
+            routes = {"generate": "/v1/chat/completions and /v1/completions", "embed": "/v1/embeddings"}
+            what = "makes vectors" if own == "embed" else "generates text"
+            raise RequestError(
+                f"the model {brief(name)} {what}; it is served at {routes[own]}",
+                param="model",
+                code="unsupported_model",
             )
         return found
 

@@ -82,9 +82,7 @@ class Job:
         return sum(known) if len(known) == len(self.choices) else None
 
     def _energy(self) -> dict[str, Any]:
-        info = self.served.deployment.info
-        source = f"{info.power_source} ({info.power_provenance})" if info is not None else "none (unavailable)"
-        return {"energy_j": self.energy_j, "source": source}
+        return {"energy_j": self.energy_j, "source": self.served.power_source}
 
 
 class GenerationEndpoint(ABC):
@@ -101,7 +99,7 @@ class GenerationEndpoint(ABC):
         started_s = time.perf_counter()
         body = await read_json(scope["headers"], receive, self._gateway.settings)
         request = check(self.request_kind, body)
-        served = self._gateway.served(self._gateway.deployment(request.model))
+        served = self._gateway.served(self._gateway.deployment_for("generate", request.model))
         outcome: Outcome = "failed"
         choices: list[Choice] = []
         try:

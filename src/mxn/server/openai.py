@@ -1,4 +1,4 @@
-"""What a client may ask for, checked once: OpenAI's two text APIs with vLLM's sampling extensions.
+"""What a client may ask for, checked once: OpenAI's text and embeddings APIs with vLLM's sampling extensions.
 
 Every field is either used, documented as having no effect, or refused by name.
 """
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mxn.errors import RequestError
 from mxn.server.errors import brief
-from mxn.server.fields import Content, LogitBias, Metadata, Prompt, Stop, StopTokenIds, TemplateKwargs, TokenIds
+from mxn.server.fields import Content, Input, LogitBias, Metadata, Prompt, Stop, StopTokenIds, TemplateKwargs, TokenIds
 
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 2048
@@ -137,6 +137,17 @@ class CompletionRequest(GenerationRequest):
     echo: bool | None = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     add_special_tokens: bool | None = True
+
+
+class EmbeddingRequest(Checked):
+    """POST /v1/embeddings."""
+
+    model: str = Field(min_length=1, max_length=512)
+    input: Input
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: int | None = Field(default=None, ge=1, le=INT32_MAX, description="only the model's own number")
+    user: str | None = Field(default=None, max_length=512, description="accepted, has no effect")
+    include_energy: bool | None = Field(default=False, description="usage.mxn then tells the joules of the answer")
 
 
 class TokenizeRequest(Checked):

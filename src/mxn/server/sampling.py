@@ -59,19 +59,20 @@ def for_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
 
 
 def check_prompt_ids(ids: Sequence[int], deployment: Deployment, param: str) -> None:
-    """Raises RequestError unless all ids are tokens of the model and at least one fits beside them in the context."""
+    """Raises RequestError unless all ids are tokens of the model and its context holds them, and what it generates."""
     if not ids:
         raise RequestError(f"{param} is empty; at least one token is needed", param=param)
-    if len(ids) >= deployment.max_context:
+    makes_vectors = deployment.model.spec.task == "embed"
+    if len(ids) > deployment.max_context - (not makes_vectors):
         raise too_long(f"{len(ids)} tokens", deployment, param)
     _check_ids(ids, _vocab_size(deployment), param)
 
 
 def too_long(found: str, deployment: Deployment, param: str) -> RequestError:
-    """The error for a prompt that leaves no room for an answer."""
+    """The error for a prompt that leaves no room for an answer, or a text too long to embed."""
+    together = ", prompt and answer together" if deployment.model.spec.task == "generate" else ""
     return RequestError(
-        f"{param} has {found}; {deployment.name} takes at most {deployment.max_context} tokens, "
-        "prompt and answer together",
+        f"{param} has {found}; {deployment.name} takes at most {deployment.max_context} tokens{together}",
         param=param,
         code="context_length_exceeded",
     )

@@ -8,7 +8,7 @@ import msgspec
 from pydantic.json_schema import models_json_schema
 
 from mxn import __version__
-from mxn.server.openai import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from mxn.server.openai import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 
 _ERROR = {
     "type": "object",
@@ -29,6 +29,7 @@ _ERROR = {
 _POSTS = (
     ("/v1/chat/completions", ChatRequest, "Answer a conversation", True),
     ("/v1/completions", CompletionRequest, "Continue a text", True),
+    ("/v1/embeddings", EmbeddingRequest, "A vector for each text", False),
     ("/tokenize", TokenizeRequest, "Token ids of a text or conversation", False),
     ("/detokenize", DetokenizeRequest, "Text of token ids", False),
 )

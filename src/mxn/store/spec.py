@@ -41,9 +41,12 @@ _HEAD_DIM = {
 _WINDOW = {"mistral": 4096, "ministral": 4096, "gemma2": 4096, "gemma3_text": 4096, "cohere2": 4096, "gpt_oss": 128}
 _TIED_EMBEDDINGS = {"gemma", "gemma2", "gemma3_text", "gpt2", "opt", "starcoder2", "cohere", "cohere2", "smollm3"}
 _TIED_EMBEDDINGS |= {"ernie4_5", "bloom", "falcon", "minicpm3"}
+_ENCODERS = {"bert", "roberta", "xlm-roberta", "mpnet", "distilbert", "electra", "camembert"}
+_TIED_EMBEDDINGS |= _ENCODERS
 # One sliding layer after another with a full one at every n-th place; 1 means that every layer slides.
 _SLIDING_PERIOD = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}
 _TWO_MATRIX_MLP = {"gpt2", "gptj", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "starcoder2", "nemotron"}
+_TWO_MATRIX_MLP |= _ENCODERS
 
 
 def spec_from_config(config: Config) -> ModelSpec:
@@ -121,7 +124,7 @@ def _kv_heads(text: Config, num_heads: int) -> int:
 
 
 def _count_parameters(text: Config) -> tuple[int | None, int | None]:
-    """Weights of a usual decoder: all, and those one token uses. Biases and norms (under 0.1 %) are left out."""
+    """Weights of a usual decoder or encoder: all, and those one token uses. Biases and norms are left out."""
     mlp_size = _find(text, "mlp_size")
     if mlp_size is None and text.get("model_type") not in ("gpt2", "gptj", "bloom", "falcon"):
         return None, None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
 
 import onnxruntime as ort
 
 from mxn.errors import BackendError, ModelError, OutOfMemoryError
-from mxn.runner.onnx.graph import DecoderGraph, op_counts
+from mxn.runner.onnx.graph import op_counts
 
 PROVIDERS: Mapping[str, tuple[str, str]] = {
     "cpu": ("CPUExecutionProvider", "onnxruntime"),
@@ -22,6 +24,17 @@ PROVIDERS: Mapping[str, tuple[str, str]] = {
     "coreml": ("CoreMLExecutionProvider", "onnxruntime"),
 }
 """Names for the option `provider`: ONNX Runtime's own name, and the package that brings it."""
+
+
+class CheckedGraph(Protocol):
+    """A graph that passed `check_graph_file`: its serialised content, the folder of its weights, and their size."""
+
+    @property
+    def content(self) -> bytes: ...
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def weight_bytes(self) -> int: ...
 
 
 def available_providers() -> list[str]:
@@ -42,7 +55,7 @@ def check_provider(provider: str) -> None:
 
 
 def open_session(
-    graph: DecoderGraph, *, provider: str, threads: int, allow_fallback: bool, options: Mapping[str, str]
+    graph: CheckedGraph, *, provider: str, threads: int, allow_fallback: bool, options: Mapping[str, str]
 ) -> tuple[ort.InferenceSession, str]:
     """A session on a provider, and one sentence on which nodes run where.
 
