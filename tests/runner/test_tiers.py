@@ -11,7 +11,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mxn.core.model import Model  # noqa: E402
+from mxn.core.model import LoadSettings, Model  # noqa: E402
 from mxn.runner import tiers  # noqa: E402
 from mxn.runner.tiers import TIERS, compare, main  # noqa: E402
 
@@ -40,6 +40,21 @@ def test_every_way_is_near_float32(make_saved: Callable[..., Model]) -> None:
         assert entry["error"] <= entry["worst_error"]
         assert entry["num_tokens"] == 128, "the model's whole context"
         assert set(entry["ms"]) <= {"batch 1", "prompt of 128"}
+
+
+def test_what_is_added_to_all_logits_of_a_token_is_no_error(make_saved: Callable[..., Model]) -> None:
+    settings = LoadSettings(quantisation="fp32", kv_bytes=2**22)
+    runner = tiers.load_cpu_runner(
+        make_saved("llama"), settings, cores=1, free_bytes=lambda: 2**32, progress=lambda phase, fraction: None
+    )
+    reference = torch.randn(5, 260, generator=torch.Generator().manual_seed(0))
+    shifted = reference + torch.linspace(-9, 9, 5)[:, None]
+    wrong = reference.clone()
+    wrong[2] = wrong[2].flip(0)
+    for logits, low, high in ((shifted, 0, 1e-5), (wrong, 1, 2)):
+        found = tiers._compared("a way", logits, reference, [1, 2, 3, 4, 5], runner)
+        assert found.error <= found.worst_error
+        assert low <= found.worst_error <= high
 
 
 def test_way_that_is_not_offered_has_its_reason(make_saved: Callable[..., Model]) -> None:

@@ -42,8 +42,9 @@ _MAX_TOKENS = 256
 class Comparison:
     """One way beside the reference, over the sample's tokens.
 
-    error: relative, 2-norm of all logits; worst_error: of the token that differs most. same_tokens: share of tokens
-    after which the likeliest next one is the same. nll: mean negative log-likelihood. ms: case to time of a step.
+    error: relative, 2-norm of all logits, each token's mean taken off; worst_error: of the token that differs most.
+    same_tokens: share of tokens after which the likeliest next one is the same. nll: mean negative log-likelihood.
+    ms: case to time of a step.
     """
 
     tier: str
@@ -104,7 +105,8 @@ def _logits(runner: TorchRunner, ids: Sequence[int]) -> torch.Tensor:
 def _compared(
     tier: str, logits: torch.Tensor, reference: torch.Tensor, ids: Sequence[int], runner: TorchRunner
 ) -> Comparison:
-    distance, size = (logits - reference).norm(dim=-1), reference.norm(dim=-1)
+    # What is added to all logits of a token changes no probability, yet was 0.85 of one token's norm on SmolLM2.
+    distance, size = _centred(logits - reference).norm(dim=-1), _centred(reference).norm(dim=-1)
     chosen = logits[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
     run = {tier: lambda shape: runner.execute(dummy_batch(*shape, runner.block_size))}
     times = measure(run, {tier: lambda: None}, _CASES)
@@ -118,6 +120,10 @@ def _compared(
         ms={case: of_case[tier] for case, of_case in times.items()},
         threads=runner.threads or 1,
     )
+
+
+def _centred(logits: torch.Tensor) -> torch.Tensor:
+    return logits - logits.mean(-1, keepdim=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
