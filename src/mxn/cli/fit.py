@@ -20,8 +20,9 @@ def fit(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say whether a model fits on a chip: weights, KV cache, activations, overhead and reserve, each with its source.
+    """Say whether a model fits on a chip, part by part.
 
+    Weights, KV cache, activations, overhead and reserve, each with its source.
     "fits" holds with every estimate's error against it. "may fit" does not.
     """
     from mxn.cli.console import out, show_json

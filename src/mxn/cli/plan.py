@@ -20,8 +20,9 @@ def plan(
         str, typer.Option("--what-if", metavar="CHIPS", help='Chips to add and take away: "+2 mi300x,-1 h100-sxm".')
     ] = "",
 ) -> None:
-    """Place deployments on chips: which backend, format and how many replicas, with reasons and a proven gap.
+    """Place deployments on chips, with reasons and a proven gap.
 
+    Says which backend, which format and how many replicas, and what that yields. Computes, changes nothing.
     Exit code 3 when somebody stays unserved and the policy's fallback is "refuse".
     """
     from mxn.cli.console import show_json

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from mxn.backends.registry import installed_backends, load_backend
+from mxn.backends.registry import installed_backends
 from mxn.config.cluster import BackendConfig
 from mxn.config.demand import LengthConfig
 from mxn.config.deployments import DeploymentConfig
@@ -14,7 +14,7 @@ from mxn.config.model_card import ModelCard, Quantisation
 from mxn.core.model import ModelSpec
 from mxn.errors import BackendError, ConfigError
 from mxn.fleet.cost_model import CostModel, Missed, Prediction, engine_of
-from mxn.fleet.fit import GIB, Fit, fit_model
+from mxn.fleet.fit import GIB, Fit, backend_named, fit_model
 from mxn.fleet.inventory import ChipGroup, ChipKind, Inventory
 
 _PARTS_OF_A_CHIP = (0.125, 0.25, 0.5)
@@ -252,18 +252,17 @@ def _offer(backend: str | BackendConfig, kind: ChipKind, spec: ModelSpec) -> tup
         return backend.quantisations, ""
     if backend not in _installed():
         return (), f"no backend is called {backend}; available: {', '.join(_installed())}"
-    support = _backend(backend).supports(spec, kind.chip)
+    support = backend_named(backend).supports(spec, kind.chip)
     only_memory = support.verdict == "no" and bool(support.quantisations)  # other formats may still fit
     if support.verdict == "no" and not only_memory:
         return (), "; ".join(support.reasons)
-    return support.quantisations or _backend(backend).capabilities(kind.chip).quantisations, ""
+    return support.quantisations or backend_named(backend).capabilities(kind.chip).quantisations, ""
 
 
 def _can_share(backend: str | BackendConfig, kind: ChipKind) -> bool:
     if isinstance(backend, BackendConfig):
         return backend.can_share_chip
-    return _backend(backend).capabilities(kind.chip).can_share_chip
+    return backend_named(backend).capabilities(kind.chip).can_share_chip
 
 
-_backend = lru_cache(maxsize=None)(load_backend)
 _installed = lru_cache(maxsize=1)(installed_backends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from mxn.backends.base import MemoryEstimate
@@ -18,6 +19,9 @@ RESERVE_SHARE = 0.05
 """Of the memory, for fragmentation and what the system takes in the meantime."""
 BYTES_PER_PARAMETER = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.06, "int4": 0.56}
 """Scales and zero points of int8 and int4 included."""
+
+backend_named = lru_cache(maxsize=None)(load_backend)
+"""A backend's object, made once: finding it reads the metadata of every package that is installed."""
 
 Verdict = Literal["fits", "may fit", "does not fit", "unknown"]
 
@@ -114,7 +118,7 @@ def fit_model(
     if isinstance(backend, BackendConfig):
         estimate = _declared_estimate(spec, settings, backend)
     else:
-        estimate = load_backend(backend).estimate(spec, settings, chip)
+        estimate = backend_named(backend).estimate(spec, settings, chip)
     kv = Quantity(
         value=kv_bytes / num_chips,
         unit="B",

@@ -48,11 +48,13 @@ class Goal:
     """What one stage minimises.
 
     costs, uppers: of each item. pieces: per demand, the penalty of load left unserved (see `pricing.Pieces`).
+    negligible: a difference in value that nobody would notice.
     """
 
     costs: Vector
     uppers: NDArray[np.int64]
     pieces: tuple[Pieces, ...]
+    negligible: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ _STEEPER = 1.6
 the next one therefore goes to the demand that is served worst, which is max-min fairness to within a tenth."""
 _WORTH = 100.0
 """How many times its dearest way of being served a demand's load is worth when everybody is expected to be served."""
+_A_TENTH_OF_A_SLICE = 0.1
 SLACK = 1e-3
 """Share of a demand's load that the cost stage may leave unserved beyond what the service stages did."""
 
@@ -59,7 +60,7 @@ def service_of_tier(instance: Instance, tier: int, unserved: Mapping[int, float]
         elif demand.tier == tier:
             smallest = min((option.slices for option in demand.options), default=1)
             costs[row] = smallest * _STEEPER ** (_PIECES - 1)
-    return Goal(costs, uppers, tuple(pieces))
+    return Goal(costs, uppers, tuple(pieces), negligible=_A_TENTH_OF_A_SLICE)
 
 
 def rising(weight: float) -> Pieces:

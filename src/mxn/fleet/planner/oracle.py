@@ -116,8 +116,17 @@ class _GroupProgram:
         except InfeasibleError:
             return None
         counts = np.rint(found.values[: self._num_items]).astype(np.int64)
-        unserved = [float(sum(found.values[c] for c in self._piece_columns[d])) for d in self._block.demands]
-        return counts, unserved, found.bound
+        return counts, [self._unserved(index, counts, found.values) for index in self._block.demands], found.bound
+
+    def _unserved(self, index: int, counts: NDArray[np.int64], values: Vector) -> float:
+        """Pieces that cost nothing may be taken without need; only a lost domain makes them more than is short."""
+        demand = self._instance.problem.demands[index]
+        pieces = float(sum(values[c] for c in self._piece_columns[index]))
+        if demand.survives_domain or demand.load == 0:
+            return pieces if demand.load else 0.0
+        mine = self._instance.demand_items[index]
+        covered = float(self._instance.covers[mine] @ counts[mine - self._block.first])
+        return min(pieces, max(0.0, 1.0 - covered))
 
     def _add_demand(self, index: int, goal: Goal) -> None:
         demand = self._instance.problem.demands[index]

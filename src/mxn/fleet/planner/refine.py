@@ -15,15 +15,21 @@ from mxn.fleet.planner.search import place_in_order, solve_together, total_use
 
 _FIRST_SIZE, _LAST_SIZE = 8, 32
 """Blocks solved together; more after an attempt that found nothing better."""
-_MAX_STALLS = 4
+_MAX_STALLS = 3
 """Attempts in a row without a gain worth a twentieth of the target, after which nothing more is tried."""
+
+_MAX_SWEEPS = 4
+_COMPANY = (0, 12, 36)
+"""Blocks that the master uses whole and that are solved again with those it mixes, when these alone find no room."""
+_ROUNDING_NODES = 300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
     """What refining may spend, in work rather than seconds, so that a slow machine gives the same answer.
 
-    target_gap: good enough. rounds: of column generation. attempts: neighbourhoods solved, of `nodes` branches each.
+    target_gap: good enough. rounds: of column generation. attempts: neighbourhoods solved, of `nodes` branches each;
+    none: no integer programs at all.
     """
 
     target_gap: float
@@ -53,12 +59,13 @@ def refine(
     for _ in range(budget.rounds):
         columns.add(columns.price())
         mixed, used = columns.mix()
-        if mixed - columns.bound <= 0.1 * budget.target_gap * abs(mixed):
+        if is_close(oracle, mixed, columns.bound, 0.1 * budget.target_gap):
             break
     bound, best = max(bound, columns.bound), start
-    rounded = _round(oracle, order, columns.prices, used)
+    rounded = _round(oracle, order, columns.prices, used, budget)
     if rounded is not None and value_of(rounded) < value_of(best):
         best = rounded
+    best = _descend(oracle, columns.prices, best, bound, budget)
     return Refined(_polish(oracle, columns.prices, best, bound, budget), bound, columns.prices)
 
 
@@ -68,21 +75,66 @@ def value_of(patterns: Sequence[Pattern]) -> float:
 
 
 def _round(
-    oracle: Oracle, order: Sequence[Block], prices: Vector, used: Sequence[tuple[int, Pattern, float]]
+    oracle: Oracle, order: Sequence[Block], prices: Vector, used: Sequence[tuple[int, Pattern, float]], budget: Budget
 ) -> list[Pattern] | None:
-    """Keeps what the master uses whole and places the rest in order."""
-    blocks = oracle.instance.blocks
+    """Keeps what the master uses whole and solves the rest together; what finds no room gets company until it does.
+
+    The master has few rows, so it mixes patterns for as few blocks.
+    """
+    blocks, limits = oracle.instance.blocks, oracle.instance.limits
     leading: dict[int, tuple[float, Pattern]] = {}
     for index, pattern, part in used:
-        if part > leading.get(blocks[index].first, (0.0, pattern))[0]:
-            leading[blocks[index].first] = (part, pattern)
-    by_need = sorted(order, key=lambda block: leading[block.first][0] < 1 - 1e-6)
-    wanted = {first: pattern for first, (_, pattern) in leading.items()}
+        if part > leading.get(index, (0.0, pattern))[0]:
+            leading[index] = (part, pattern)
+    split = [i for i, (part, _) in leading.items() if part < 1 - 1e-6]
+    whole = sorted((i for i in leading if i not in set(split)), key=lambda i: -float(leading[i][1].use @ prices))
+    for extra in _COMPANY if budget.attempts and all(block.is_plain for block in blocks) else ():
+        free = sorted([*split, *whole[:extra]])
+        kept = {i: leading[i][1] for i in whole[extra:]}
+        room = limits - total_use(oracle.instance, kept.values())
+        if not free or np.any(room < -1e-6):
+            break
+        found, _ = solve_together(
+            oracle, [blocks[i] for i in free], room, None, gap=1e-3, max_nodes=_ROUNDING_NODES, time_limit_s=5.0
+        )
+        if found is not None:
+            patterns = kept | dict(zip(free, found, strict=True))
+            return [patterns[i] for i in range(len(blocks))]
+    is_split = {blocks[i].first for i in split}
+    by_need = sorted(order, key=lambda block: block.first in is_split)
+    wanted = {blocks[i].first: pattern for i, (_, pattern) in leading.items()}
     try:
-        placed = place_in_order(oracle, by_need, prices, oracle.instance.limits, wanted)
+        placed = place_in_order(oracle, by_need, prices, limits, wanted)
     except InfeasibleError:
         return None
     return [placed[block.first] for block in blocks]
+
+
+def _descend(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, budget: Budget) -> list[Pattern]:
+    """Takes blocks out one at a time and puts each back as cheaply as the room allows, until that gains little.
+
+    Sweeps count scarce chips at their prices and at nothing in turn: the first makes room, the second uses it.
+    """
+    instance, free = oracle.instance, np.zeros_like(prices)
+    now, room = list(best), instance.limits - total_use(instance, best)
+    for sweep in range(_MAX_SWEEPS):
+        if is_close(oracle, value_of(best), bound, budget.target_gap):
+            break
+        before, at = value_of(best), free if sweep % 2 else prices
+        for i in sorted(range(len(now)), key=lambda i: -now[i].cost):
+            old = now[i]
+            answer = oracle.cheapest(instance.blocks[i], at, room + old.use)
+            if answer is None:
+                continue
+            new = answer[0]
+            if new.cost + float(new.use @ at) < old.cost + float(old.use @ at) - 1e-9 * abs(old.cost):
+                now[i] = new
+                room += old.use - new.use
+        if value_of(now) < value_of(best):
+            best = list(now)
+        if sweep % 2 and before - value_of(best) < 0.05 * budget.target_gap * before:
+            break
+    return best
 
 
 def _polish(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, budget: Budget) -> list[Pattern]:
@@ -92,12 +144,12 @@ def _polish(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, b
     """
     instance = oracle.instance
     plain = np.array([i for i, block in enumerate(instance.blocks) if block.is_plain], dtype=np.int64)
-    if not len(plain) or not budget.attempts or _is_done(best, bound, budget):
+    if not len(plain) or not budget.attempts or is_close(oracle, value_of(best), bound, budget.target_gap):
         return best
     lowest = np.array([answer[1] if (answer := oracle.cheapest(b, prices)) else 0.0 for b in instance.blocks])
     random, size, stalls = np.random.default_rng(1), _FIRST_SIZE, 0
     for _ in range(budget.attempts):
-        if stalls == _MAX_STALLS or _is_done(best, bound, budget):
+        if stalls == _MAX_STALLS or is_close(oracle, value_of(best), bound, budget.target_gap):
             break
         regret = np.array([pattern.cost + float(pattern.use @ prices) for pattern in best]) - lowest
         is_tight = instance.limits - total_use(instance, best) < 0.02 * instance.limits
@@ -107,7 +159,9 @@ def _polish(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, b
         inside, before = set(chosen), value_of(best)
         room = instance.limits - total_use(instance, [p for i, p in enumerate(best) if i not in inside])
         blocks = [instance.blocks[i] for i in chosen]
-        found, _ = solve_together(oracle, blocks, room, [best[i] for i in chosen], max_nodes=budget.nodes)
+        found, _ = solve_together(
+            oracle, blocks, room, [best[i] for i in chosen], max_nodes=budget.nodes, time_limit_s=2.0
+        )
         if found is not None:
             best = list(best)
             for i, pattern in zip(chosen, found, strict=True):
@@ -119,5 +173,6 @@ def _polish(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, b
     return best
 
 
-def _is_done(best: list[Pattern], bound: float, budget: Budget) -> bool:
-    return value_of(best) - bound <= budget.target_gap * abs(value_of(best))
+def is_close(oracle: Oracle, value: float, bound: float, target_gap: float) -> bool:
+    """Whether a value is within the target gap of its bound, or as good as on it."""
+    return value - bound <= max(oracle.goal.negligible, target_gap * abs(value))

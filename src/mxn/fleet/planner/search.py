@@ -37,13 +37,13 @@ def solve_together(
     oracle: Oracle,
     blocks: Sequence[Block],
     room: Vector,
-    current: Sequence[Pattern],
+    current: Sequence[Pattern] | None,
     *,
     gap: float = 1e-4,
     max_nodes: int = 200,
     time_limit_s: float = 3.0,
 ) -> tuple[list[Pattern] | None, float]:
-    """Plain blocks solved as one integer program within `room`, begun from their current patterns.
+    """Plain blocks solved as one integer program within `room`, begun from their current patterns if they have any.
 
     Returns: better patterns, or None when none were found; and a proven bound on what these blocks cost together.
     """
@@ -51,7 +51,7 @@ def solve_together(
     items = np.concatenate([np.arange(block.first, block.last) for block in blocks])
     column_of = {int(item): column for column, item in enumerate(items)}
     cost, upper = list(goal.costs[items]), [float(u) for u in goal.uppers[items]]
-    start = list(np.concatenate([pattern.counts for pattern in current]).astype(float))
+    start = [] if current is None else list(np.concatenate([p.counts for p in current]).astype(float))
     use = instance.use[items]
     entries, lower, high = [], [], []
     for row in np.flatnonzero(use.any(axis=0)):
@@ -59,13 +59,13 @@ def solve_together(
         entries.append((columns.astype(np.int32), use[columns, row]))
         lower.append(-np.inf)
         high.append(float(room[row]))
-    for block, pattern in zip(blocks, current, strict=True):
+    for place, block in enumerate(blocks):
         (index,) = block.demands
         demand = instance.problem.demands[index]
         mine = np.array([column_of[i] for i in range(block.first, block.last)], dtype=np.int32)
         if demand.load > 0:
             pieces = range(len(cost), len(cost) + len(goal.pieces[index]))
-            left = pattern.unserved[0]
+            left = 0.0 if current is None else current[place].unserved[0]
             for length, slope in goal.pieces[index]:
                 cost.append(slope)
                 upper.append(length)
@@ -87,14 +87,14 @@ def solve_together(
             np.array(upper),
             build_rows(entries, np.array(lower), np.array(high)),
             is_integer=is_integer,
-            start=np.array(start),
+            start=None if current is None else np.array(start),
             gap=gap,
             max_nodes=max_nodes,
             time_limit_s=time_limit_s,
         )
     except InfeasibleError:
         return None, -np.inf
-    if found.objective >= sum(pattern.cost for pattern in current) * (1 - 1e-9):
+    if current is not None and found.objective >= sum(pattern.cost for pattern in current) * (1 - 1e-9):
         return None, found.bound
     better = [
         _pattern(oracle, block, found.values[[column_of[i] for i in range(block.first, block.last)]])

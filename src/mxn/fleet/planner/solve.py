@@ -20,7 +20,7 @@ from mxn.fleet.planner.goals import cost_of_serving_all, cost_of_serving_as_much
 from mxn.fleet.planner.linear_program import InfeasibleError, Solution, Vector
 from mxn.fleet.planner.oracle import Oracle
 from mxn.fleet.planner.problem import Assignment, Problem
-from mxn.fleet.planner.refine import Budget, refine, value_of
+from mxn.fleet.planner.refine import Budget, is_close, refine, value_of
 from mxn.fleet.planner.relaxation import relax
 from mxn.fleet.planner.search import place_in_order, restated, solve_together
 
@@ -28,8 +28,8 @@ Effort = Literal["fast", "refined", "exact"]
 
 _BUDGETS: dict[Effort, Budget] = {
     "fast": Budget(target_gap=0.05, rounds=4, attempts=0),
-    "refined": Budget(target_gap=1e-3, rounds=12, attempts=24),
-    "exact": Budget(target_gap=1e-6, rounds=12, attempts=24, nodes=200),
+    "refined": Budget(target_gap=1e-3, rounds=20, attempts=8),
+    "exact": Budget(target_gap=1e-6, rounds=20, attempts=12, nodes=200),
 }
 _SERVED = 1e-6
 """A share of load below this counts as nothing."""
@@ -137,14 +137,14 @@ class _Solver:
             if best is None:
                 raise
         budget = _BUDGETS[self.effort]
-        if value_of(best) - bound > budget.target_gap * abs(value_of(best)):
+        if not is_close(oracle, value_of(best), bound, budget.target_gap):
             refined = refine(oracle, self.order, best, prices, bound, budget)
             best, bound, prices = refined.patterns, refined.bound, refined.prices
         if self.effort == "exact" and all(block.is_plain for block in blocks):
             best, bound = self._solve_whole(oracle, best, bound)
         self.prices = prices
         value = value_of(best)
-        gap = max(0.0, value - bound) / value if value > 0 else 0.0
+        gap = 0.0 if is_close(oracle, value, bound, 0.0) else (value - bound) / value
         self.stages.append(
             StageReport(name=name, value=value, bound=bound, gap=gap, seconds=time.perf_counter() - began_s)
         )

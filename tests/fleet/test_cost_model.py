@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mxn.config.chip_card import load_chip_cards
+from mxn.config.cluster import BackendConfig
+from mxn.config.demand import LengthConfig, SloConfig
+from mxn.config.model_card import load_model_cards
+from mxn.core.chip import Chip
+from mxn.fleet.cost_model import CostModel, Engine, Missed, Prediction, engine_of
+from mxn.fleet.fit import GIB, Fit, fit_model
+
+H100 = load_chip_cards()["h100-sxm"]
+PARTS = (LengthConfig(share=1.0, prompt_tokens=1000, output_tokens=200),)
+
+
+def _model(name: str = "llama-3.1-8b-instruct", *, chips: float = 1) -> tuple[CostModel, Fit, Engine]:
+    card = load_model_cards()[name]
+    spec, engine = card.architecture.spec(), engine_of(H100, "bf16", chips)
+    assert spec is not None
+    assert isinstance(engine, Engine)
+    fit = fit_model(
+        card.architecture,
+        spec,
+        BackendConfig(name="own", chips=("h100-sxm",), quantisations=("bf16",), max_chips=8),
+        Chip(uid="g", kind=None, name="g", vendor="v", memory_bytes=1, cores=1),
+        quantisation="bf16",
+        context=8192,
+        sequences=1,
+        memory_bytes=80 * GIB * min(1, chips),
+        num_chips=max(1, int(chips)),
+    )
+    return CostModel(card.architecture, spec, engine, (fit.weights.value or 0) * max(1, int(chips))), fit, engine
+
+
+def _predict(slo: SloConfig | None = None, **arguments: float) -> Prediction | Missed:
+    model, fit, _ = _model(**arguments)
+    return model.predict(PARTS, slo or SloConfig(), fit, 64)
+
+
+def test_a_decode_step_of_one_sequence_reads_the_weights_once() -> None:
+    model, fit, engine = _model()
+    rates = engine.rates
+    least = (fit.weights.value or 0) / (engine.bytes_per_s * rates.bandwidth_share) + rates.step_s
+    assert model.decode_s(1, 0.0) == pytest.approx(least, rel=0.01)
+
+
+def test_larger_batches_take_longer_and_yield_more() -> None:
+    model, _, _ = _model()
+    times = [model.decode_s(batch, 1e8) for batch in (1, 8, 64)]
+    assert times == sorted(times)
+    assert 64 / times[2] > 8 / times[1] > 1 / times[0]
+
+
+def test_a_mixture_reads_few_experts_for_one_token_and_all_for_many() -> None:
+    card = load_model_cards()["qwen3-30b-a3b"]
+    spec = card.architecture.spec()
+    assert spec is not None
+    engine = engine_of(H100, "bf16", 1)
+    assert isinstance(engine, Engine)
+    bare = replace(engine, flops=1e30, rates=replace(engine.rates, step_s=0.0))
+    weights = 2.0 * (spec.num_parameters or 0)
+    model = CostModel(card.architecture, spec, bare, weights)
+    active = (spec.num_active_parameters or 0) / (spec.num_parameters or 1)
+    whole = weights / (bare.bytes_per_s * bare.rates.bandwidth_share)
+    assert model.decode_s(1, 0.0) == pytest.approx(active * whole, rel=0.01)
+    assert model.decode_s(512, 0.0) == pytest.approx(whole, rel=0.01)
+
+
+def test_a_prediction_keeps_its_limits_and_a_tighter_limit_costs_capacity() -> None:
+    free = _predict()
+    tight = _predict(SloConfig(ttft_ms=200, tpot_ms=12))
+    assert isinstance(free, Prediction)
+    assert isinstance(tight, Prediction)
+    assert tight.tpot_s <= 0.012
+    assert tight.ttft_s <= 0.2 * 1.0001
+    assert tight.requests_per_s < free.requests_per_s
+
+
+def test_a_limit_that_one_request_alone_misses_is_named_with_the_best_there_is() -> None:
+    missed = _predict(SloConfig(tpot_ms=1))
+    assert isinstance(missed, Missed)
+    assert (missed.limit, missed.asked) == ("tpot_ms", 1)
+    assert isinstance(_predict(SloConfig(tpot_ms=missed.best + 0.01)), Prediction)
+    late = _predict(SloConfig(ttft_ms=1))
+    assert isinstance(late, Missed)
+    assert late.limit == "ttft_ms"
+
+
+def test_watts_lie_between_idle_and_tdp_of_the_chips() -> None:
+    for chips in (0.5, 1, 2):
+        found = _predict(chips=chips)
+        assert isinstance(found, Prediction)
+        assert 70 * chips == pytest.approx(found.idle_w)
+        assert found.idle_w is not None
+        assert found.busy_w is not None
+        assert found.idle_w < found.busy_w <= 700 * chips
+
+
+def test_a_card_without_a_needed_figure_gives_its_name_not_a_number() -> None:
+    assert engine_of(load_chip_cards()["hygon-k100"], "bf16", 1) == "the card of hygon-k100 has no memory bandwidth"
+    blank = H100.model_copy(
+        update={"compute": H100.compute.model_copy(update={"bf16_tflops": None, "fp16_tflops": None})}
+    )
+    assert engine_of(blank, "bf16", 1) == "the card of h100-sxm has no rate that bf16 could be computed at"
+    nameless = engine_of(H100.model_copy(update={"tdp_w": None}), "bf16", 1)
+    assert isinstance(nameless, Engine)
+    assert nameless.tdp_w is None
