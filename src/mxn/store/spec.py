@@ -16,11 +16,11 @@ FULL_LAYER_TYPES = frozenset({"full_attention"})
 # Other names for the same fact, in the order they are tried.
 _NAMES: dict[str, tuple[str, ...]] = {
     "num_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
     "num_heads": ("num_attention_heads", "n_head", "n_heads"),
     "num_kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
     "max_context": ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"),
-    "mlp_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+    "mlp_size": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "hidden_dim"),
     "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
     "expert_size": ("moe_intermediate_size", "intermediate_size"),
 }
@@ -47,6 +47,7 @@ _TIED_EMBEDDINGS |= _ENCODERS
 _SLIDING_PERIOD = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}
 _TWO_MATRIX_MLP = {"gpt2", "gptj", "gpt_neox", "gpt_bigcode", "opt", "bloom", "falcon", "phi", "starcoder2", "nemotron"}
 _TWO_MATRIX_MLP |= _ENCODERS
+_POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "camembert", "mpnet"}
 
 
 def spec_from_config(config: Config) -> ModelSpec:
@@ -68,7 +69,7 @@ def spec_from_config(config: Config) -> ModelSpec:
         num_kv_heads=num_heads if is_latent else _kv_heads(text, num_heads),
         key_dim=key_dim,
         value_dim=value_dim,
-        max_context=_count(text, "max_context"),
+        max_context=_max_context(text),
         num_parameters=num_parameters,
         num_active_parameters=num_active,
         layer_windows=layer_windows(text),
@@ -98,6 +99,14 @@ def layer_windows(config: Config) -> tuple[int | None, ...]:
     period = int(text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or 0)
     period = period or _SLIDING_PERIOD.get(architecture, 0)
     return tuple(None if period > 1 and (layer + 1) % period == 0 else int(window) for layer in range(num_layers))
+
+
+def _max_context(text: Config) -> int:
+    """Tokens of a sequence. RoBERTa's kind numbers positions from after the padding token's id."""
+    limit = _count(text, "max_context")
+    if text.get("model_type") in _POSITIONS_AFTER_PADDING:
+        return limit - int(text.get("pad_token_id", 1)) - 1
+    return limit
 
 
 def _is_window_off_by_default(text: Config, architecture: str) -> bool:
