@@ -75,6 +75,23 @@ class LedgerTotals:
     lost_s: float = 0.0
 
 
+class ChipMeter:
+    """The joules of a chip, of which `share` count here, from one look to the next."""
+
+    def __init__(self, reader: PowerReader, *, share: float = 1.0) -> None:
+        self.reader = reader
+        self._share = share
+        self._last: Reading = reader.read()
+
+    def advance(self) -> float | None:
+        """Joules since the last call; None when the source cannot say."""
+        last, now = self._last, self.reader.read()
+        self._last = now
+        if last.energy_j is None or now.energy_j is None or last.num_breaks != now.num_breaks:
+            return None
+        return self._share * (now.energy_j - last.energy_j)
+
+
 class StepLedger:
     """Charges one chip's energy to the sequences of one engine. One thread calls it.
 
@@ -85,9 +102,8 @@ class StepLedger:
         self.reader = reader
         self.cost = StepCost()
         self.totals = LedgerTotals()
-        self._share = chip_share
+        self._meter = ChipMeter(reader, share=chip_share)
         self._clock = clock or SystemClock()
-        self._last: Reading = reader.read()
         self._settled_s = self._clock.now_s()
         self._period_s = max(SETTLE_S, 2 * reader.update_period_s)
         self._step_end_s = self._settled_s
@@ -136,19 +152,16 @@ class StepLedger:
 
     def settle(self) -> None:
         """Reads the meter and charges the interval since the last reading."""
-        reading, now_s = self.reader.read(), self._clock.now_s()
-        last, self._last = self._last, reading
+        chip_j, now_s = self._meter.advance(), self._clock.now_s()
         elapsed_s, self._settled_s = now_s - self._settled_s, now_s
         seconds, self._seconds = self._seconds, {}
         busy_s, self._busy_s = self._busy_s, 0.0
         prepaid_j, self._prepaid_j = self._prepaid_j, 0.0
-        is_known = last.energy_j is not None and reading.energy_j is not None
-        if not is_known or last.num_breaks != reading.num_breaks:
+        if chip_j is None:
             self.totals.lost_s += elapsed_s
             self._incomplete.update(seconds)
             self._carry_j = 0.0
             return
-        chip_j = self._share * ((reading.energy_j or 0.0) - (last.energy_j or 0.0))
         self.totals.chip_j += chip_j
         idle_j = self._idle_part(chip_j, elapsed_s, busy_s)
         rest_j = chip_j - idle_j + self._carry_j - prepaid_j

@@ -10,7 +10,7 @@ class EngineStats:
     """Gauges and counters of one engine after a step. Counters only grow.
 
     chip_energy_j: this engine's share of its chip's joules, of which request_energy_j went to sequences and
-      idle_energy_j to nobody; None when nothing meters the chip.
+      idle_energy_j to nobody; None when nothing meters the chip. Only the first is known of a server's replica.
     """
 
     num_running: int = 0

@@ -21,6 +21,7 @@ from mxn.config.environment import log_level
 from mxn.core.request import FinishReason, SequenceOutput
 from mxn.energy.attribution import StepLedger
 from mxn.energy.reader import NullReader
+from mxn.energy.together import together
 from mxn.energy.window import PROVENANCE
 from mxn.engine.channel import ChannelError, ReplicaChannel
 from mxn.engine.embedding import BatchLimits, EmbeddingEngine
@@ -143,7 +144,7 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | EmbeddingEng
     warm_up = loaded.warm_up()
     progress("warm-up", 1.0)
     log.info("warmed up in %.2f s: %s", warm_up.seconds, ", ".join(warm_up.compiled) or "nothing to compile")
-    power = backend.power(message.chips[0])
+    power = together([backend.power(chip) for chip in message.chips])
     log.info("energy of requests: %s (%s)", power.name, power.detail)
     ledger = None if isinstance(power, NullReader) else StepLedger(power, chip_share=message.chip_share)
     described = _describe(message, loaded, seconds)

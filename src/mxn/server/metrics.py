@@ -171,7 +171,7 @@ def _chip_energy(deployments: list[Deployment]) -> Metric:
     """
     family = CounterMetricFamily(
         "mxn_chip_energy_joules",
-        "Energy of chips, charged to requests or idle.",
+        "Energy of chips, charged to requests or idle; undivided where a server hides its steps.",
         labels=["chip", "model", "source", "provenance", "use"],
     )
     for deployment in deployments:
@@ -180,8 +180,11 @@ def _chip_energy(deployments: list[Deployment]) -> Metric:
             continue
         chip = "+".join(chip.uid for chip in deployment.chips)
         labels = [chip, deployment.name, info.power_source, info.power_provenance]
-        family.add_metric([*labels, "requests"], stats.request_energy_j or 0.0)
-        family.add_metric([*labels, "idle"], stats.idle_energy_j or 0.0)
+        if stats.request_energy_j is None:
+            family.add_metric([*labels, "undivided"], stats.chip_energy_j)
+        else:
+            family.add_metric([*labels, "requests"], stats.request_energy_j)
+            family.add_metric([*labels, "idle"], stats.idle_energy_j or 0.0)
     return family
 
 

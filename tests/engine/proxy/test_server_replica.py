@@ -516,3 +516,14 @@ def test_no_process_of_a_server_outlives_who_started_it(
         gateway.wait()
         if gateway.stdout is not None:
             gateway.stdout.close()
+
+
+async def test_joules_of_the_servers_chip_are_booked_and_those_of_its_sequences_are_not_known(serve: Make) -> None:
+    async with running(serve()) as [deployment]:
+        assert deployment.info is not None
+        assert deployment.info.power_source != "none"
+        outputs = await outputs_of(deployment.submit([1, 2, 3], plain()))
+        assert outputs[-1].energy_j is None
+        await until(lambda: deployment.stats.chip_energy_j)
+        assert (deployment.stats.chip_energy_j or 0) > 0
+        assert deployment.stats.request_energy_j is None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from mxn.core.request import FinishReason, SequenceOutput, SequenceRequest
+from mxn.energy.attribution import ChipMeter
 from mxn.engine.channel import ChannelError, ReplicaChannel
 from mxn.engine.http_stream import ConnectionPool, TransportError
 from mxn.engine.messages import Abort, ResetPrefixCache, Start, StepDone, Stop
@@ -22,6 +23,9 @@ from mxn.engine.stats import EngineStats
 from mxn.errors import MxnError, RequestError, ServerDiedError
 
 log = logging.getLogger("mxn.proxy")
+
+ENERGY_PERIOD_S = 2.0
+"""How often the joules of a server's chips are booked and reported."""
 
 _CHECK_S = 5.0
 _CHECKS_FAILED = 3
@@ -52,10 +56,19 @@ class Proxy:
     Every sequence ends with exactly one output that carries a finish reason.
     """
 
-    def __init__(self, server: ServerProcess, dialect: Dialect, *, max_num_seqs: int, max_context: int) -> None:
+    def __init__(
+        self,
+        server: ServerProcess,
+        dialect: Dialect,
+        *,
+        max_num_seqs: int,
+        max_context: int,
+        meter: ChipMeter | None = None,
+    ) -> None:
         self.stats = EngineStats()
         self._server = server
         self._dialect = dialect
+        self._meter = meter
         self._pool = ConnectionPool(server.url)
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream", **server.headers}
         self._max_num_seqs = max_num_seqs
@@ -87,17 +100,18 @@ class Proxy:
         loop.add_reader(channel.fileno(), self._receive, channel)
         if self._server.has_exited:
             self._fail()
-        watch = asyncio.create_task(self._watch())
+        watch, energy = asyncio.create_task(self._watch()), asyncio.create_task(self._report_energy())
         try:
             await self._end
         finally:
             loop.remove_reader(channel.fileno())
             self._server.on_exit = None
             watch.cancel()
+            energy.cancel()
             tasks = [stream.task for stream in self._streams.values() if stream.task is not None]
             for task in tasks:
                 task.cancel()
-            await asyncio.gather(watch, *tasks, return_exceptions=True)
+            await asyncio.gather(watch, energy, *tasks, return_exceptions=True)
             self._pool.close()
 
     # ------------------------------------------------------------------ messages
@@ -348,13 +362,26 @@ class Proxy:
     def _flush(self) -> None:
         self._has_flush = False
         outputs, self._outputs = self._outputs, []
-        if not outputs:
-            return
+        if outputs:
+            self._report(outputs)
+            self._advance()
+
+    def _report(self, outputs: list[SequenceOutput]) -> None:
         try:
             self._send(StepDone(outputs, self.stats))
         except OSError as error:
             self._finish(error)
-        self._advance()
+
+    async def _report_energy(self) -> None:
+        """Books the joules of the server's chips. Which sequence they went to is not known: its steps are not seen."""
+        if self._meter is None:
+            return
+        while True:
+            await asyncio.sleep(ENERGY_PERIOD_S)
+            joules = self._meter.advance()
+            if joules is not None:
+                self.stats.chip_energy_j = (self.stats.chip_energy_j or 0.0) + joules
+                self._report([])
 
     async def _watch(self) -> None:
         """Looks after a server that mxn did not start, whose end nobody reports."""

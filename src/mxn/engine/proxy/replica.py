@@ -6,6 +6,10 @@ import asyncio
 import os
 
 from mxn.backends.base import Backend, LoadProgress, ServerSpec
+from mxn.energy.attribution import ChipMeter
+from mxn.energy.reader import NullReader
+from mxn.energy.together import together
+from mxn.energy.window import PROVENANCE
 from mxn.engine.channel import ReplicaChannel
 from mxn.engine.messages import Load, ReplicaInfo
 from mxn.engine.proxy.dialects import DIALECTS, Dialect
@@ -48,7 +52,10 @@ class ServerReplica:
             raise
         progress("server", 1.0)
         info = _describe(message, spec, dialect, server, max_context, load_s)
-        proxy = Proxy(server, dialect, max_num_seqs=spec.max_num_seqs, max_context=max_context)
+        meter = _meter(backend, message, server)
+        if meter is not None:
+            info.power_source, info.power_provenance = meter.reader.name, PROVENANCE[meter.reader.kind]
+        proxy = Proxy(server, dialect, max_num_seqs=spec.max_num_seqs, max_context=max_context, meter=meter)
         return cls(server, proxy), info
 
     def serve(self, channel: ReplicaChannel) -> None:
@@ -61,6 +68,14 @@ class ServerReplica:
     def close(self) -> None:
         """Ends the server."""
         self._server.stop()
+
+
+def _meter(backend: Backend, message: Load, server: ServerProcess) -> ChipMeter | None:
+    """What meters the server's chips; None for a server that mxn did not start, whose chips may be anywhere."""
+    if not server.is_own:
+        return None
+    power = together([backend.power(chip) for chip in message.chips])
+    return None if isinstance(power, NullReader) else ChipMeter(power, share=message.chip_share)
 
 
 def _max_context(server: ServerProcess, spec: ServerSpec) -> int:
