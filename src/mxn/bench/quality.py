@@ -20,9 +20,13 @@ from mxn.bench.records import Quality
 from mxn.engine.http_stream import ConnectionPool, TransportError
 from mxn.errors import MxnError
 
-MIN_AGREEMENT = 0.85
-MAX_LOGLIK_LOSS = 0.1
-"""Nats per token that a subject may lose against the reference."""
+MIN_AGREEMENT = 0.88
+MAX_LOGLIK_LOSS = 0.055
+"""Nats per token that a subject may lose against the reference.
+
+Both limits lie between what right and what deliberately wrong weights of SmolLM2-135M were measured at; see
+docs/benchmarking.md.
+"""
 
 MIN_FOLLOWED = 0.2
 """For servers that cannot score: the share of the reference's text to follow before the first difference."""
