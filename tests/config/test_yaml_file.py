@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mxn.config import yaml_file
 from mxn.config.yaml_file import MAX_BYTES, Document, parse_yaml, path_text, read_yaml
 from mxn.errors import ConfigError
 
@@ -107,3 +108,12 @@ def test_no_text_raises_anything(text: str) -> None:
 
 def test_paths_read_like_code() -> None:
     assert path_text(("deployments", 0, "name")) == "deployments[0].name"
+
+
+@pytest.mark.parametrize(
+    "text", ["a: é\nü: [x, 😀, z]\n", "a: |\n  x\nb: &k {c: 1}\nd: *k\n", "a: 1\na: 2\n", "a: [1,\n", "- {a, b}\n"]
+)
+def test_both_parsers_give_the_same_values_places_and_faults(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = yaml_file.parse_yaml(text)
+    monkeypatch.setattr(yaml_file, "_FAST_LOADER", None)
+    assert yaml_file.parse_yaml(text) == fast
