@@ -50,3 +50,18 @@ def test_fit_prints_parts_and_verdict(mxn: Mxn) -> None:
     assert report["verdict"] == "fits"
     assert report["fit"]["weights"]["provenance"] == "estimated"
     assert mxn("fit", "qwen3-32b", "--chip", "nothing").code == 2
+
+
+def test_a_plan_compared_with_itself_moves_nothing(mxn: Mxn, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(mxn("plan", str(EXAMPLES / "mixed.yaml"), "--json").out)
+    ran = mxn("diff", str(EXAMPLES / "mixed.yaml"), str(path))
+    assert ran.code == 0
+    assert ran.out.endswith("nothing would move\n")
+    grown = json.loads(mxn("diff", str(EXAMPLES / "mixed.yaml"), str(path), "--what-if=-1 mi300x", "--json").out)
+    assert {move["action"] for move in grown} <= {"keep", "start", "stop"}
+
+
+def test_the_schema_is_printed_for_editors(mxn: Mxn) -> None:
+    schema = json.loads(mxn("config", "schema").out)
+    assert {"cluster", "policy", "deployments"} <= set(schema["properties"])

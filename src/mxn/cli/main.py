@@ -12,8 +12,10 @@ from mxn.cli.backend import backend
 from mxn.cli.bench import bench
 from mxn.cli.chat import chat
 from mxn.cli.chips import chips
+from mxn.cli.config import config
 from mxn.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, show_error
 from mxn.cli.demo import demo
+from mxn.cli.diff import diff
 from mxn.cli.doctor import doctor
 from mxn.cli.fit import fit
 from mxn.cli.models import models
@@ -55,11 +57,12 @@ def _root(
 ) -> None: ...
 
 
-for _command in (serve, chat, demo, plan, fit, report, status, chips, doctor):
+for _command in (serve, chat, demo, plan, diff, fit, report, status, chips, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(models, name="models")
 app.add_typer(backend, name="backend")
+app.add_typer(config, name="config")
 
 
 def main() -> None:

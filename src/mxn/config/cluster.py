@@ -73,6 +73,15 @@ class ClusterConfig(Checked):
     backends: tuple[BackendConfig, ...] = ()
 
 
+class StabilityConfig(Checked):
+    """When a replica that runs is worth moving."""
+
+    min_gain: Annotated[float, Field(ge=0, le=10)] = 0.05
+    """Share of a replica's cost that moving it must save."""
+    loading_is_spread_over_s: Annotated[float, Field(gt=0, le=1e8)] = 3600.0
+    """A started replica costs its load time as if it lasted so long."""
+
+
 class PolicyConfig(Checked):
     """What a plan is made for, once everybody is served."""
 
@@ -80,6 +89,8 @@ class PolicyConfig(Checked):
     """What to save; of a list, later ones decide between plans that are equal in the earlier ones."""
     fallback: Literal["refuse", "warn", "allow"] = "refuse"
     """When load stays unserved: fail, warn, or take it."""
+    stability: StabilityConfig = StabilityConfig()
+    """When replicas that run are moved."""
     effort: Literal["fast", "refined", "exact"] | None = None
     """How hard to look; by the size of the problem when left out."""
 

@@ -12,7 +12,7 @@ from mxn.fleet.cells import Candidate, Rejection
 from mxn.fleet.inventory import Inventory, change_inventory, take_inventory
 from mxn.fleet.planner.problem import SLICES_PER_CHIP, Demand, Option
 from mxn.fleet.planner.solve import Effort, Outcome, StageReport, solve_placement
-from mxn.fleet.posing import Posed, idle_watts, pose
+from mxn.fleet.posing import Posed, Running, idle_watts, pose
 from mxn.fleet.relaxations import relaxations
 
 _EXACT_REPLICAS, _REFINED_DEMANDS = 40, 300
@@ -99,16 +99,19 @@ class Plan:
         return not any(d.unserved or d.missing_replicas for d in self.deployments)
 
 
-def make_plan(file: DeploymentsFile, *, what_if: str = "", effort: Effort | None = None) -> Plan:
+def make_plan(
+    file: DeploymentsFile, *, what_if: str = "", effort: Effort | None = None, running: Running | None = None
+) -> Plan:
     """The plan for a checked `mxn.yaml`. Computes, changes nothing.
 
     Args: what_if: chips to add and to take away, as in "+2 mi300x,-1 h100-sxm". effort: instead of the file's.
+        running: replicas that are moved only when it is worth it.
     Raises: ConfigError when it cannot be planned at all.
     """
     inventory = take_inventory(file.cluster)
     if what_if:
         inventory = change_inventory(inventory, what_if)
-    posed = pose(file.deployments, file.policy, inventory, load_model_cards())
+    posed = pose(file.deployments, file.policy, inventory, load_model_cards(), running)
     chosen = effort or file.policy.effort or _effort_for(posed)
     outcome = solve_placement(posed.problem, effort=chosen)
     deployments = tuple(_planned(demand, posed, outcome, inventory) for demand in posed.problem.demands)

@@ -9,7 +9,7 @@ from mxn.config.cluster import Objective, PolicyConfig
 from mxn.config.deployments import DeploymentConfig
 from mxn.config.model_card import ModelCard, find_model_card
 from mxn.errors import ConfigError
-from mxn.fleet.cells import Candidate, CellFinder, Rejection, load_parts, planned_context
+from mxn.fleet.cells import Candidate, Cell, CellFinder, Rejection, load_parts, planned_context
 from mxn.fleet.inventory import ChipGroup, ChipKind, Inventory
 from mxn.fleet.planner.problem import SLICES_PER_CHIP, Demand, Option, Pool, PowerCap, Problem, Relation
 
@@ -17,6 +17,10 @@ _LATER = 1e-3
 """Weight of each further objective of a list against the one before, both as shares of their largest value."""
 _OPTIONS_PER_POOL = 8
 _SITE = "site"
+
+
+Running = Mapping[str, Mapping[str, int]]
+"""Replicas that run: of each deployment, by option name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,8 +43,9 @@ def pose(
     policy: PolicyConfig,
     inventory: Inventory,
     model_cards: Mapping[str, ModelCard],
+    running: Running | None = None,
 ) -> Posed:
-    """The problem of placing these deployments on these chips.
+    """The problem of placing these deployments on these chips. What runs and is possible no more counts as lost.
 
     Raises: ConfigError that names everything which cannot be planned: models without a card, lengths beyond the
         context, power budgets over chips whose watts nobody knows.
@@ -68,12 +73,14 @@ def pose(
                 continue
             cells = finder.cells(deployment, cards[name], group)
             refused.update(dict.fromkeys(cells.rejections))
-            here = [(_option(c, pool, deployment, policy, inventory), c) for c in cells.candidates]
-            for option, candidate in _best(here):
+            here = [(_option(c, pool, deployment, policy, inventory, bool(running)), c) for c in cells.candidates]
+            now = (running or {}).get(name, {})
+            for option, candidate in _best(here, now):
                 ranked.append(option)
                 found[option.name] = candidate
         options[name], rejections[name] = found, tuple(refused)
-        demands.append(_demand(name, deployment, tuple(ranked)))
+        there = {option: count for option, count in (running or {}).get(name, {}).items() if option in found}
+        demands.append(_demand(name, deployment, tuple(ranked), there))
     problem = Problem(
         pools=tuple(pools), demands=tuple(demands), caps=tuple(caps), relations=tuple(_relations(by_name))
     )
@@ -85,6 +92,11 @@ def pose(
         deployments=by_name,
         cards=cards,
     )
+
+
+def option_name(pool: str, cell: Cell) -> str:
+    """What a cell in a pool is called."""
+    return f"{pool} {cell.name}"
 
 
 def idle_watts(kind: ChipKind) -> float | None:
@@ -215,7 +227,12 @@ def _outside(deployment: DeploymentConfig, group: ChipGroup) -> Rejection | None
 
 
 def _option(
-    candidate: Candidate, pool: Pool, deployment: DeploymentConfig, policy: PolicyConfig, inventory: Inventory
+    candidate: Candidate,
+    pool: Pool,
+    deployment: DeploymentConfig,
+    policy: PolicyConfig,
+    inventory: Inventory,
+    is_moving: bool,
 ) -> Option:
     found = candidate.prediction
     idle = found.idle_w if inventory.unused_chips_idle and found.idle_w is not None else 0.0
@@ -224,12 +241,15 @@ def _option(
         cost += weight * _cost(objective, candidate, deployment, inventory, idle)
         weight *= _LATER
     return Option(
-        name=f"{pool.name} {candidate.cell.name}",
+        name=option_name(pool.name, candidate.cell),
         pool=pool.name,
         slices=round(candidate.cell.chips * SLICES_PER_CHIP),
         capacity=found.requests_per_s,
         watts=max(0.0, (found.busy_w or 0.0) - idle),
         cost=cost,
+        start_cost=cost * (policy.stability.min_gain + found.load_s / policy.stability.loading_is_spread_over_s)
+        if is_moving
+        else 0.0,
     )
 
 
@@ -258,12 +278,12 @@ def _cost(
     return chips
 
 
-def _best(found: Sequence[tuple[Option, Candidate]]) -> list[tuple[Option, Candidate]]:
-    """The options of one pool worth having: cheap per request, cheap for one replica, small."""
+def _best(found: Sequence[tuple[Option, Candidate]], running: Mapping[str, int]) -> list[tuple[Option, Candidate]]:
+    """The options of one pool worth having: cheap per request, cheap for one replica, small; and those that run."""
     by_rate = sorted(found, key=lambda pair: (pair[0].cost / pair[0].capacity, pair[0].name))
     by_cost = sorted(found, key=lambda pair: (pair[0].cost, pair[0].slices, pair[0].name))
     by_room = sorted(found, key=lambda pair: (pair[0].slices / pair[0].capacity, pair[0].name))
-    kept: dict[str, tuple[Option, Candidate]] = {}
+    kept = {pair[0].name: pair for pair in found if pair[0].name in running}
     for ranked in zip(by_rate, by_cost, by_room, strict=True):
         for pair in ranked:
             if len(kept) < _OPTIONS_PER_POOL:
@@ -271,7 +291,7 @@ def _best(found: Sequence[tuple[Option, Candidate]]) -> list[tuple[Option, Candi
     return list(kept.values())
 
 
-def _demand(name: str, deployment: DeploymentConfig, options: tuple[Option, ...]) -> Demand:
+def _demand(name: str, deployment: DeploymentConfig, options: tuple[Option, ...], running: dict[str, int]) -> Demand:
     is_idle = deployment.load is None
     return Demand(
         name=name,
@@ -280,6 +300,7 @@ def _demand(name: str, deployment: DeploymentConfig, options: tuple[Option, ...]
         tier=deployment.tier,
         min_replicas=max(1, deployment.replicas.min) if is_idle else deployment.replicas.min,
         max_replicas=deployment.replicas.max,
+        running=running,
         max_domain_share=deployment.where.max_domain_share,
         survives_domain=deployment.where.survives_domain_loss,
     )

@@ -17,8 +17,9 @@ from mxn.fleet.planner.blocks import Goal, Instance, Pattern
 from mxn.fleet.planner.linear_program import InfeasibleError, Master, Vector
 from mxn.fleet.planner.oracle import Oracle
 
-_SMOOTHING = 0.7
-"""Weight of the best prices so far against the master's newest, which jump about while it has few columns."""
+_SMOOTHING, _MOST_SMOOTHING = 0.7, 0.97
+"""Weight of the best prices so far against the master's newest, which jump about while it has few columns. After a
+round that proved nothing more the step is halved."""
 
 
 class Decomposition:
@@ -36,7 +37,7 @@ class Decomposition:
             np.r_[np.full(num_shared, -math.inf), np.ones(num_blocks)], np.r_[instance.limits, np.ones(num_blocks)]
         )
         self._seen: set[tuple[int, bytes]] = set()
-        self._next_prices = prices
+        self._next_prices, self._smoothing = prices, _SMOOTHING
         self.add(first)
 
     def add(self, patterns: Sequence[Pattern]) -> None:
@@ -65,14 +66,16 @@ class Decomposition:
             patterns.append(answer[0])
             total += answer[1]
         if total > self.bound:
-            self.bound, self.prices = total, self._next_prices
+            self.bound, self.prices, self._smoothing = total, self._next_prices, _SMOOTHING
+        else:
+            self._smoothing = min(_MOST_SMOOTHING, (1 + self._smoothing) / 2)
         return patterns
 
     def mix(self) -> tuple[float, list[tuple[int, Pattern, float]]]:
         """The master's optimum and the patterns it uses as (block, pattern, part); sets the next prices."""
         found = self._master.solve()
         newest = np.maximum(0.0, -found.prices[: len(self._instance.limits)])
-        self._next_prices = _SMOOTHING * self.prices + (1 - _SMOOTHING) * newest
+        self._next_prices = self._smoothing * self.prices + (1 - self._smoothing) * newest
         used = [
             (block, pattern, float(part))
             for (block, pattern), part in zip(self.columns, found.values, strict=True)

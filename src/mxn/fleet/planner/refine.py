@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from mxn.fleet.planner.linear_program import InfeasibleError, Vector
 from mxn.fleet.planner.oracle import Oracle
 from mxn.fleet.planner.search import place_in_order, solve_together, total_use
 
-_FIRST_SIZE, _LAST_SIZE = 8, 32
+_FIRST_SIZE, _LAST_SIZE = 16, 64
 """Blocks solved together; more after an attempt that found nothing better."""
 _MAX_STALLS = 3
 """Attempts in a row without a gain worth a twentieth of the target, after which nothing more is tried."""
@@ -56,11 +57,15 @@ def refine(
     """
     columns = Decomposition(oracle.instance, oracle.goal, prices, start)
     used: list[tuple[int, Pattern, float]] = []
+    last, stalls = math.inf, 0
     for _ in range(budget.rounds):
         columns.add(columns.price())
         mixed, used = columns.mix()
-        if is_close(oracle, mixed, columns.bound, 0.1 * budget.target_gap):
+        open_part = mixed - columns.bound
+        if stalls == _MAX_STALLS or is_close(oracle, mixed, columns.bound, 0.1 * budget.target_gap):
             break
+        stalls = 0 if open_part < 0.98 * last else stalls + 1
+        last = min(last, open_part)
     bound, best = max(bound, columns.bound), start
     rounded = _round(oracle, order, columns.prices, used, budget)
     if rounded is not None and value_of(rounded) < value_of(best):

@@ -28,7 +28,7 @@ Effort = Literal["fast", "refined", "exact"]
 
 _BUDGETS: dict[Effort, Budget] = {
     "fast": Budget(target_gap=0.05, rounds=4, attempts=0),
-    "refined": Budget(target_gap=1e-3, rounds=20, attempts=8),
+    "refined": Budget(target_gap=1e-3, rounds=20, attempts=6),
     "exact": Budget(target_gap=1e-6, rounds=20, attempts=12, nodes=200),
 }
 _SERVED = 1e-6
