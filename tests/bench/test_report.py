@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+from mxn.bench.metrics import Spread
 from mxn.bench.report import cells, comparison, matrix, to_markdown
 from mxn.bench.workloads import WORKLOADS
 from mxn.core.quantity import Provenance
@@ -13,6 +14,18 @@ def test_cell_shows_the_fastest_batch_that_is_a_result() -> None:
     wrong = record((900.0, 900.0), workload=replace(WORKLOADS["W2c32"], name="c64"), faults=("a request failed",))
     (cell,) = cells([slow, fast, wrong])
     assert cell.main is fast
+
+
+def test_one_stream_of_a_sweep_stands_in_its_own_column() -> None:
+    single = replace(WORKLOADS["W2c8"], name="c1", concurrency=1)
+    one = record((50.0,), workload=single)
+    one = replace(one, metrics={**one.metrics, "decode_tokens_per_s": Spread.of([61.0])})
+    (cell,) = cells([one, record((200.0,))])
+    assert cell.one is one
+    assert cell.main is not one
+    assert "61.0" in matrix([one, record((200.0,))]).rows[0]
+    (alone,) = cells([one])
+    assert alone.main is one
 
 
 def test_same_label_on_two_models_is_two_cells() -> None:

@@ -28,13 +28,15 @@ class ScriptedArm:
         trace: list[tuple[float, float | None]] = [(t / 100, t / 100 * 20.0) for t in range(40_000)]
         self.readers: tuple[PowerReader, ...] = (ReplayReader(trace, clock=self.clock),)
         self.log, self.token_s, self.short_by, self.error = log, token_s, short_by, None
+        self.token_times_s: list[float] = []  # of the first runs, before token_s holds
 
     async def run(self, prompts: list[str], max_tokens: int, concurrency: int) -> list[RequestResult]:
         self.log.append((self.subject.label, prompts[0]))
         await asyncio.sleep(0)
-        start_s, seconds = time.monotonic(), self.token_s * max_tokens
+        token_s = self.token_times_s.pop(0) if self.token_times_s else self.token_s
+        start_s, seconds = time.monotonic(), token_s * max_tokens
         self.clock.advance(seconds)
-        times_s = tuple(start_s + self.token_s * (i + 1) for i in range(max_tokens))
+        times_s = tuple(start_s + token_s * (i + 1) for i in range(max_tokens))
         return [
             RequestResult(
                 start_s=start_s,
@@ -69,11 +71,23 @@ async def test_known_speed_and_power_come_out_exactly(prompts: PromptMaker) -> N
     assert one.faults == ()
 
 
+@pytest.mark.parametrize(("times_s", "rounds", "is_warned"), [((3, 2, 1, 1), 4, False), ((1, 2, 1, 2, 1, 2), 6, True)])
+async def test_warm_up_goes_on_until_two_rounds_are_alike(
+    prompts: PromptMaker, times_s: tuple[float, ...], rounds: int, is_warned: bool
+) -> None:
+    log: list[tuple[str, str]] = []
+    arm = ScriptedArm("a", log)
+    arm.token_times_s = list(times_s)
+    (found,) = await measure([arm], parse_workloads("W1"), prompts, repetitions=1)
+    assert len(log) == rounds + 1
+    assert any("not steady" in text for text in found.warnings) is is_warned
+
+
 async def test_arms_take_turns_and_share_prompts(prompts: PromptMaker) -> None:
     log: list[tuple[str, str]] = []
     arms = [ScriptedArm("a", log), ScriptedArm("b", log)]
     await measure(arms, parse_workloads("quick1"), prompts, repetitions=4)
-    runs = log[2:]
+    runs = log[4:]  # two rounds of warm-up each
     assert [label for label, _ in runs] == ["a", "b", "b", "a", "a", "b", "b", "a"]
     for i in range(0, 8, 2):
         assert runs[i][1] == runs[i + 1][1]
@@ -84,7 +98,7 @@ async def test_no_repetition_begins_that_would_overrun_the_budget(prompts: Promp
     log: list[tuple[str, str]] = []
     (record,) = await measure([ScriptedArm("a", log)], parse_workloads("quick1"), prompts, repetitions=5, budget_s=0.0)
     assert len(record.values) == 1
-    assert len(log) == 2
+    assert len(log) == 3
 
 
 async def test_wrong_token_count_is_a_fault_and_shown(prompts: PromptMaker) -> None:

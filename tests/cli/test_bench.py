@@ -77,6 +77,12 @@ def test_matrix_skips_with_reasons_resumes_and_ends_in_a_page(mxn: Mxn, model_fo
     assert second.code == 0, second.err
     assert "taken from" in second.err
     assert "simulated" in html.read_text()
+    earlier = json.loads(cell.read_text())
+    earlier["manifest"]["commit"] = "0123456789ab"
+    cell.write_text(json.dumps(earlier))
+    mixed = tmp_path / "mixed.json"
+    mxn(*args, "--json", str(mixed))
+    assert "at commit 0123456789ab" in mixed.read_text()
     third = mxn(*args, "--seed", "5")
     assert "taken from" not in third.err, "a cell of other settings is not the same cell"
     assert cell.exists()

@@ -15,7 +15,7 @@ from pathlib import Path
 from mxn.bench.records import Manifest
 from mxn.energy.reader import PowerReader
 
-_PACKAGES = ("mxn", "torch", "transformers", "tokenizers", "numpy", "uvicorn", "fastapi")
+_PACKAGES = ("mxn", "torch", "transformers", "tokenizers", "numpy", "onnxruntime", "triton", "uvicorn", "fastapi")
 _FEATURES = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve",
     "i8mm", "bf16",

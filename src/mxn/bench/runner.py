@@ -37,6 +37,10 @@ BUSY_CLIENT = 0.8
 LATE_MS = 10.0
 """A generator that takes this share of a core, or sends or reads this late, limits what it measures."""
 
+WARM_UP_CHANGE = 0.15
+MAX_WARM_UPS = 6
+"""An arm is warm when two rounds in a row differ by at most this share, or after so many."""
+
 _MAX_POWER_POINTS = 600
 _WARM_UP = Workload(
     name="warm-up",
@@ -91,12 +95,10 @@ async def measure(
     collected = {(arm.subject.label, w.name): _Collected() for arm in arms for w in workloads}
     total = len(collected) * repetitions
     done = 0
+    unsettled = {}
     for arm in arms:
         progress(f"{arm.subject.label}: warm-up", done, total)
-        texts = prompts.make(_WARM_UP)
-        results = await arm.run(texts, _WARM_UP.output_tokens, _WARM_UP.concurrency)
-        if all(r.error for r in results):
-            raise BenchError(f"{arm.subject.label} cannot be measured: {results[0].error}")
+        unsettled[arm.subject.label] = await _warm_up(arm, prompts)
     idle_before = await _idle_watts(arms, idle_s)
     started_s = time.monotonic()
     for repetition in range(repetitions):
@@ -118,12 +120,32 @@ async def measure(
             workload,
             collected[arm.subject.label, workload.name],
             idle=(idle_before[i], idle_after[i]),
-            losses=losses,
+            notes=[*losses, *unsettled[arm.subject.label]],
             price_per_hour=price_per_hour,
         )
         for workload in workloads
         for i, arm in enumerate(arms)
     ]
+
+
+async def _warm_up(arm: Arm, prompts: PromptMaker) -> tuple[str, ...]:
+    """Rounds of the warm-up until two in a row take the same time. Returns: a warning when they never do.
+
+    Raises: BenchError when the arm answers nothing.
+    """
+    last_s = 0.0
+    for _ in range(MAX_WARM_UPS):
+        texts = prompts.make(_WARM_UP)
+        results = await arm.run(texts, _WARM_UP.output_tokens, _WARM_UP.concurrency)
+        took_s = max(r.end_s for r in results) - min(r.start_s for r in results)
+        if all(r.error for r in results):
+            raise BenchError(f"{arm.subject.label} cannot be measured: {results[0].error}")
+        if abs(took_s - last_s) <= WARM_UP_CHANGE * last_s:
+            return ()
+        last_s = took_s
+    return (
+        f"still not steady after {MAX_WARM_UPS} rounds of warm-up: the last two differed by over {WARM_UP_CHANGE:.0%}",
+    )
 
 
 async def _idle_watts(arms: Sequence[Arm], seconds: float) -> list[Quantity | None]:
@@ -243,7 +265,7 @@ def _record(
     collected: _Collected,
     *,
     idle: tuple[Quantity | None, Quantity | None],
-    losses: Sequence[str],
+    notes: Sequence[str],
     price_per_hour: float | None,
 ) -> Record:
     good = [r for r in collected.results if r.error is None]
@@ -253,7 +275,7 @@ def _record(
     energy = combine(collected.energy)
     joules = energy.energy_j.value
     steady_energy = combine(collected.steady_energy) if collected.steady_energy else None
-    notes = [f"no steady part: {run.steady_note}" for run in collected.runs[:1] if run.steady_note]
+    steady_notes = [f"no steady part: {run.steady_note}" for run in collected.runs[:1] if run.steady_note]
     return Record(
         subject=arm.subject,
         workload=workload,
@@ -278,7 +300,7 @@ def _record(
         power=collected.power,
         runs=tuple(collected.runs),
         errors=error_counts(collected.results),
-        warnings=tuple(dict.fromkeys((*losses, *collected.warnings, *notes))),
+        warnings=tuple(dict.fromkeys((*notes, *collected.warnings, *steady_notes))),
         faults=tuple(dict.fromkeys(collected.faults)),
         price_per_hour=price_per_hour,
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mxn.backends.base import Backend
     from mxn.bench.quality import Reference
-    from mxn.bench.records import Record, Report, Skipped
+    from mxn.bench.records import Manifest, Record, Report, Skipped
     from mxn.bench.workloads import Workload
     from mxn.core.chip import Chip
     from mxn.core.model import Model
@@ -72,7 +72,7 @@ def run_matrix(options: MatrixOptions, folder: Path | None) -> Report:
         what = f"{number} of {len(cells)}: {cell.name}, {cell.backend} {cell.quantisation}"
         if path.exists():
             notes.print(f"{what}: taken from {path}", soft_wrap=True)
-            records += load(path).records
+            records += _taken(load(path), made)
             continue
         left = sum(not _path(folder, other, options).exists() for other in cells[number - 1 :])
         about = f", about {_minutes(left * sum(took_s) / len(took_s))} left" if took_s else ""
@@ -90,6 +90,15 @@ def run_matrix(options: MatrixOptions, folder: Path | None) -> Report:
         save(Report(manifest=made, records=tuple(found)), path)
         records += found
     return Report(manifest=made, records=tuple(records), skipped=tuple(skipped))
+
+
+def _taken(cell: Report, now: Manifest) -> list[Record]:
+    """Records of an earlier run, which say so when something else than now was measured."""
+    then = cell.manifest
+    if (then.commit, then.versions) == (now.commit, now.versions):
+        return list(cell.records)
+    note = f"measured earlier, on {then.started}, at commit {then.commit}; the other cells at {now.commit}"
+    return [replace(record, warnings=(*record.warnings, note)) for record in cell.records]
 
 
 def plan_cells(options: MatrixOptions) -> tuple[list[_Cell], list[Skipped]]:
