@@ -40,7 +40,7 @@ class Fleet:
 
 
 def make_fleet(num_models: int, num_chips: int, load: float, seed: int) -> Fleet:
-    """A fleet and its demands. load: the chips that serving everybody on its best kind would take, as a share."""
+    """A fleet and its demands. load: the chips that serving everybody on a middling kind would take, as a share."""
     dice = random.Random(seed)
     cards = [card for card in load_chip_cards().values() if _is_known(card)]
     kinds = [_varied(dice.choice(cards), index, dice) for index in range(NUM_KINDS)]
@@ -60,7 +60,7 @@ def make_fleet(num_models: int, num_chips: int, load: float, seed: int) -> Fleet
     models = {card.name: card for card in (_model(index, dice) for index in range(min(num_models, 60)))}
     deployments = [_deployment(index, dice.choice(list(models)), dice) for index in range(num_models)]
     posed = pose(deployments, PolicyConfig(), inventory, models)
-    problem = _scaled(posed.problem, load)
+    problem = _scaled(posed.problem, load, dice)
     share = {
         name: {o: (c.fit.weights.value or 0.0) / c.fit.available_bytes for o, c in options.items()}
         for name, options in posed.options.items()
@@ -117,7 +117,7 @@ def _deployment(index: int, model: str, dice: random.Random) -> DeploymentConfig
         context_length=8192,
         quantisations=dice.choice([("bf16",), ("bf16", "fp8")]),
         load=LoadConfig(
-            requests_per_s=round(math.exp(dice.gauss(0, 1.3)), 4),
+            requests_per_s=1.0,
             prompt_tokens=dice.choice([200, 800, 2000]),
             output_tokens=dice.choice([50, 200, 600]),
         ),
@@ -126,16 +126,16 @@ def _deployment(index: int, model: str, dice: random.Random) -> DeploymentConfig
     )
 
 
-def _scaled(problem: Problem, load: float) -> Problem:
-    """The problem with all loads times a factor, so that the fleet is as full as asked."""
+def _scaled(problem: Problem, load: float, dice: random.Random) -> Problem:
+    """The problem with loads that together take this share of all chips, each demand on its median option."""
+    demands = [demand for demand in problem.demands if demand.options]
     chips = sum(pool.num_chips for pool in problem.pools)
-    needed = sum(
-        d.load * statistics.median(o.slices / o.capacity for o in d.options) / SLICES_PER_CHIP
-        for d in problem.demands
-        if d.options
-    )
-    factor = load * chips / needed
-    return replace(problem, demands=tuple(replace(d, load=d.load * factor) for d in problem.demands if d.options))
+    shares = [math.exp(dice.gauss(0, 1)) for _ in demands]
+    scaled = []
+    for demand, share in zip(demands, shares, strict=True):
+        chips_per_request = statistics.median(o.slices / o.capacity for o in demand.options) / SLICES_PER_CHIP
+        scaled.append(replace(demand, load=load * chips * share / sum(shares) / chips_per_request))
+    return replace(problem, demands=tuple(scaled))
 
 
 # ---------------------------------------------------------------------- rules of thumb

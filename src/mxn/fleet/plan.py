@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mxn.config.deployments import DeploymentsFile
@@ -14,6 +14,7 @@ from mxn.fleet.planner.problem import SLICES_PER_CHIP, Demand, Option
 from mxn.fleet.planner.solve import Effort, Outcome, StageReport, solve_placement
 from mxn.fleet.posing import Posed, Running, idle_watts, pose
 from mxn.fleet.relaxations import relaxations
+from mxn.fleet.seats import Seat, assign_seats
 
 _EXACT_REPLICAS, _REFINED_DEMANDS = 40, 300
 
@@ -22,7 +23,8 @@ _EXACT_REPLICAS, _REFINED_DEMANDS = 40, 300
 class Placement:
     """Replicas of one deployment in one pool.
 
-    pool: "node/kind". memory_gib: on each chip, KV cache of one full sequence included. watts: of one busy replica.
+    pool: "node/kind". seats: each replica's node and chips. memory_gib: on each chip, KV cache of one full sequence
+    included. watts: of one busy replica.
     """
 
     pool: str
@@ -31,6 +33,7 @@ class Placement:
     quantisation: str
     chips_per_replica: float
     replicas: int
+    seats: tuple[str, ...]
     memory_gib: float
     memory_available_gib: float
     ttft_ms: float
@@ -114,7 +117,8 @@ def make_plan(
     posed = pose(file.deployments, file.policy, inventory, load_model_cards(), running)
     chosen = effort or file.policy.effort or _effort_for(posed)
     outcome = solve_placement(posed.problem, effort=chosen)
-    deployments = tuple(_planned(demand, posed, outcome, inventory) for demand in posed.problem.demands)
+    seats = assign_seats(posed.problem, posed.groups, outcome.assignment)
+    deployments = tuple(_planned(demand, posed, outcome, seats, inventory) for demand in posed.problem.demands)
     used: dict[str, float] = dict.fromkeys(inventory.kinds, 0.0)
     for planned in deployments:
         for placement in planned.placements:
@@ -142,13 +146,19 @@ def _effort_for(posed: Posed) -> Effort:
     return "refined" if len(posed.problem.demands) <= _REFINED_DEMANDS else "fast"
 
 
-def _planned(demand: Demand, posed: Posed, outcome: Outcome, inventory: Inventory) -> PlannedDeployment:
+def _planned(
+    demand: Demand,
+    posed: Posed,
+    outcome: Outcome,
+    seats: Mapping[tuple[str, str], Sequence[Seat]],
+    inventory: Inventory,
+) -> PlannedDeployment:
     name = demand.name
     deployment = posed.deployments[name]
     counts = outcome.assignment.replicas[name]
     unserved, missing = outcome.unserved.get(name, 0.0), outcome.missing.get(name, 0)
     options = {option.name: option for option in demand.options}
-    placements = [_placement(options[option], posed.options[name][option], count) for option, count in counts.items()]
+    placements = [_placement(options[option], posed.options[name][option], seats[name, option]) for option in counts]
     rejections = posed.rejections[name]
     return PlannedDeployment(
         name=name,
@@ -164,7 +174,7 @@ def _planned(demand: Demand, posed: Posed, outcome: Outcome, inventory: Inventor
     )
 
 
-def _placement(option: Option, candidate: Candidate, count: int) -> Placement:
+def _placement(option: Option, candidate: Candidate, seats: Sequence[Seat]) -> Placement:
     cell, found, fit = candidate.cell, candidate.prediction, candidate.fit
     gib = 1 << 30
     return Placement(
@@ -173,7 +183,8 @@ def _placement(option: Option, candidate: Candidate, count: int) -> Placement:
         backend=cell.backend,
         quantisation=cell.quantisation,
         chips_per_replica=cell.chips,
-        replicas=count,
+        replicas=len(seats),
+        seats=tuple(seat.text for seat in seats),
         memory_gib=(fit.needed_bytes or 0.0) / gib,
         memory_available_gib=fit.available_bytes / gib,
         ttft_ms=1e3 * found.ttft_s,

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from mxn.fleet.plan import Placement, Plan, PlannedDeployment
 
+_SEATS_SHOWN = 6
+
 
 def plan_lines(plan: Plan, *, explain: bool = False) -> Iterator[str]:
     """The plan; with `explain`, the runner-up and the reasons for every refusal."""
@@ -75,6 +77,8 @@ def _reasons(deployment: PlannedDeployment) -> Iterator[str]:
             f"  chosen: {placement.replicas} x {placement.pool} {placement.backend} {placement.quantisation}, "
             f"{placement.batch} sequences at once, limited by {placement.limited_by}, loads in {placement.load_s:.0f} s"
         )
+        more = len(placement.seats) - _SEATS_SHOWN
+        yield f"    on {', '.join(placement.seats[:_SEATS_SHOWN])}" + (f" and {more} more" if more > 0 else "")
     if deployment.runner_up is not None:
         up = deployment.runner_up
         yield f"  runner-up: {up.cell} in {up.pool}, {up.cost_above:+.1%} in the objective"
