@@ -201,13 +201,13 @@ def _estimate_kv(model: ModelSpec, settings: LoadSettings, chip: Chip) -> Quanti
     if model.task == "embed":
         return Quantity(value=0.0, unit="B", provenance=Provenance.ESTIMATED, source="vectors are made without a cache")
     context = min(settings.context_length or model.max_context, model.max_context)
-    slot = context * model.kv_bytes_per_token(4.0)
-    wanted = settings.auto_kv_tokens(context) / context * slot
+    per_token = model.kv_bytes_per_token(4.0)
+    wanted = settings.auto_kv_tokens(context) * per_token
     budget = settings.kv_bytes if settings.kv_bytes is not None else min(wanted, _AUTO_KV_SHARE * chip.memory_bytes)
-    num_slots = min(budget // slot, settings.max_num_seqs)
+    num_slots, length = settings.divide_slots(context, int(budget // per_token))
     return Quantity(
-        value=num_slots * slot,
+        value=num_slots * length * per_token,
         unit="B",
         provenance=Provenance.ESTIMATED,
-        source=f"{num_slots:.0f} slots of {context} tokens, float32",
+        source=f"{num_slots} slots of {length} tokens, float32",
     )

@@ -10,6 +10,8 @@ Task = Literal["generate", "embed"]
 
 QuantisationName = Literal["auto", "fp32", "bf16", "fp16", "fp8", "int8", "int4"]
 
+_SLOT_TOKENS = 2048
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
@@ -90,3 +92,16 @@ class LoadSettings:
         More would help only if all sequences were long at once; then some wait, and none fails.
         """
         return max(self.max_num_seqs * min(max_context, 1024), min(self.max_num_seqs, 2) * max_context)
+
+    def divide_slots(self, max_context: int, kv_tokens: int) -> tuple[int, int]:
+        """(slots, tokens of each) of a KV cache of `kv_tokens` tokens that gives each sequence one whole slot.
+
+        A set `context_length` is the length. Otherwise slots hold 2,048 tokens or more, so that many sequences run at
+        once: a few slots of a model's whole context would make the others wait. No slots when not even one fits.
+        """
+        if self.context_length is not None:
+            length = min(self.context_length, max_context)
+            return min(kv_tokens // length, self.max_num_seqs), length
+        shortest = min(max_context, _SLOT_TOKENS)
+        num_slots = min(kv_tokens // shortest, self.max_num_seqs)
+        return num_slots, min(max_context, kv_tokens // num_slots) if num_slots else shortest

@@ -105,8 +105,8 @@ def load_onnx_runner(
         _check_same_slots(decode.graph, prefill.graph)
         notes.append(f"prompts run on the {prefill_precision} graph, decoding on the {quantisation} graph")
     progress("kv-cache", 0.0)
-    num_slots = _num_slots(decode.graph, max_context, settings, free_bytes(), notes)
-    runner = OnnxRunner(decode, prefill, num_slots=num_slots, max_tokens=max_context)
+    num_slots, max_tokens = _slots(decode.graph, max_context, settings, free_bytes(), notes)
+    runner = OnnxRunner(decode, prefill, num_slots=num_slots, max_tokens=max_tokens)
     progress("kv-cache", 1.0)
     if options.provider != "cpu":
         notes.append("KV slots lie in host memory: a provider that computes elsewhere copies them at every step")
@@ -163,23 +163,27 @@ def _max_context(model: Model, settings: LoadSettings) -> int:
     return settings.context_length or limit
 
 
-def _num_slots(graph: DecoderGraph, max_context: int, settings: LoadSettings, free: int, notes: list[str]) -> int:
-    """Slots of the whole context, as many as the KV budget holds and sequences may run."""
-    each = slot_bytes(graph, max_context)
-    wanted = settings.auto_kv_tokens(max_context) * each // max_context
+def _slots(
+    graph: DecoderGraph, max_context: int, settings: LoadSettings, free: int, notes: list[str]
+) -> tuple[int, int]:
+    """(slots, tokens of each), as many as the KV budget holds and sequences may run."""
+    per_token = slot_bytes(graph, 1)
+    wanted = settings.auto_kv_tokens(max_context) * per_token
     budget = settings.kv_bytes if settings.kv_bytes is not None else min(int(_KV_SHARE * free), wanted)
     source = "auto" if settings.kv_bytes is None else "set"
-    if budget < each:
+    num_slots, length = settings.divide_slots(max_context, budget // per_token)
+    if not num_slots:
         raise OutOfMemoryError(
-            f"a KV budget of {budget / _GIB:.2f} GiB ({source}) is less than one slot of {max_context} tokens "
-            f"({each / _GIB:.2f} GiB): give kv_bytes more, or a smaller context_length"
+            f"a KV budget of {budget / _GIB:.2f} GiB ({source}) is less than one slot of {length} tokens "
+            f"({length * per_token / _GIB:.2f} GiB): give kv_bytes more, or set a smaller context_length"
         )
-    num_slots = min(budget // each, settings.max_num_seqs)
-    notes.append(
-        f"KV cache {num_slots * each / _GIB:.2f} GiB ({source}): {num_slots} slots of {max_context} tokens; so many "
-        "sequences run at once, and a smaller context_length makes room for more"
-    )
-    return num_slots
+    note = f"KV cache {num_slots * length * per_token / _GIB:.2f} GiB ({source}): {num_slots} slots of {length} tokens"
+    if length < max_context:
+        note += f", so that many sequences run at once; context_length up to {max_context} makes fewer and longer ones"
+    elif num_slots < settings.max_num_seqs:
+        note += "; so many sequences run at once, and a smaller context_length makes room for more"
+    notes.append(note)
+    return num_slots, length
 
 
 def _check_same_slots(decode: DecoderGraph, prefill: DecoderGraph) -> None:
