@@ -155,6 +155,13 @@ def test_a_chip_without_bandwidth_is_refused_by_name_and_the_plan_goes_on(tmp_pa
     assert plan.deployments[0].relaxations
 
 
+def test_a_chip_here_that_no_card_knows_is_said_to_need_one(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, "{nodes: [{name: n}]}")
+    if plan.is_complete:
+        pytest.skip("a card knows the chips of this host")
+    assert any("add one under cluster.chips" in text for text in plan.deployments[0].relaxations)
+
+
 def test_chips_bought_and_given_away_change_the_plan(tmp_path: Path) -> None:
     cluster = "{nodes: [{name: n, chips: {l4: 2}}]}"
     assert _plan(tmp_path, cluster).chips_there == {"l4": 2}

@@ -256,7 +256,8 @@ def _offer(backend: str | BackendConfig, kind: ChipKind, spec: ModelSpec) -> tup
     only_memory = support.verdict == "no" and bool(support.quantisations)  # other formats may still fit
     if support.verdict == "no" and not only_memory:
         return (), "; ".join(support.reasons)
-    return support.quantisations or backend_named(backend).capabilities(kind.chip).quantisations, ""
+    offered = support.quantisations or backend_named(backend).capabilities(kind.chip).quantisations
+    return offered, "" if offered else "it names no formats, so nothing can be reckoned"
 
 
 def _can_share(backend: str | BackendConfig, kind: ChipKind) -> bool:

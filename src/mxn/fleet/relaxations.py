@@ -20,7 +20,9 @@ def relaxations(demand: Demand, posed: Posed, unserved: float, missing: int, inv
     if demand.options:
         return tuple(_more(demand, posed, unserved, missing))
     deployment, card = posed.deployments[demand.name], posed.cards[demand.name]
-    found = [*_nearest(posed.rejections[demand.name]), *_other_settings(deployment, card, inventory)]
+    rejections = posed.rejections[demand.name]
+    found = [*_nearest(rejections), *_other_settings(deployment, card, inventory)]
+    found += dict.fromkeys(no.reason for no in rejections if no.constraint in ("card", "backend") and no.chips == 1)
     return tuple(found) or ("chips of another kind: none of those here can run it",)
 
 

@@ -21,10 +21,13 @@ class Oracle:
         self.instance = instance
         self.goal = goal
 
-    def cheapest(self, block: Block, prices: Vector, room: Vector | None = None) -> tuple[Pattern, float] | None:
+    def cheapest(
+        self, block: Block, prices: Vector, room: Vector | None = None, *, is_quick: bool = False
+    ) -> tuple[Pattern, float] | None:
         """The block's cheapest pattern at these row prices, and a bound on the priced cost of every pattern.
 
         room: what is left of each row; None when the prices alone shall decide. The bound holds without `room` only.
+        is_quick: gives up where an integer program would be needed to keep within the room.
         Returns None when nothing fits.
         """
         items = slice(block.first, block.last)
@@ -37,7 +40,7 @@ class Oracle:
             found = self._cheapest_plain(block, costs, uppers)
             if found is not None and (room is None or np.all(found[0] @ use <= room + 1e-6)):
                 return self._priced(block, *found)
-            if found is None:
+            if found is None or is_quick:
                 return None
         return self._cheapest_of_group(block, costs, uppers, room)
 

@@ -16,11 +16,11 @@ from mxn.fleet.planner.search import place_in_order, solve_together, total_use
 
 _FIRST_SIZE, _LAST_SIZE = 16, 64
 """Blocks solved together; more after an attempt that found nothing better."""
-_MAX_STALLS = 3
+_MAX_STALLS = 2
 """Attempts in a row without a gain worth a twentieth of the target, after which nothing more is tried."""
 
 _MAX_SWEEPS = 4
-_COMPANY = (0, 12, 36)
+_COMPANY = (0, 24)
 """Blocks that the master uses whole and that are solved again with those it mixes, when these alone find no room."""
 _ROUNDING_NODES = 300
 
@@ -100,7 +100,7 @@ def _round(
         if not free or np.any(room < -1e-6):
             break
         found, _ = solve_together(
-            oracle, [blocks[i] for i in free], room, None, gap=1e-3, max_nodes=_ROUNDING_NODES, time_limit_s=5.0
+            oracle, [blocks[i] for i in free], room, None, gap=1e-3, max_nodes=_ROUNDING_NODES, time_limit_s=4.0
         )
         if found is not None:
             patterns = kept | dict(zip(free, found, strict=True))
@@ -128,7 +128,7 @@ def _descend(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, 
         before, at = value_of(best), free if sweep % 2 else prices
         for i in sorted(range(len(now)), key=lambda i: -now[i].cost):
             old = now[i]
-            answer = oracle.cheapest(instance.blocks[i], at, room + old.use)
+            answer = oracle.cheapest(instance.blocks[i], at, room + old.use, is_quick=True)
             if answer is None:
                 continue
             new = answer[0]
