@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mxn.config.deployments import DeploymentsFile
@@ -57,8 +57,22 @@ class RunnerUp:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Yield:
+    """What the best cell of a chip kind yields, chosen or not: most tokens per watt, or per second without watts."""
+
+    kind: str
+    cell: str
+    output_tokens_per_s: float
+    watts: float | None
+    tokens_per_watt: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedDeployment:
-    """One deployment's part of a plan. unserved: share of its load. relaxations: what would help, smallest first."""
+    """One deployment's part of a plan. unserved: share of its load. relaxations: what would help, smallest first.
+
+    yields: of every chip kind that can run it.
+    """
 
     name: str
     model: str
@@ -68,6 +82,7 @@ class PlannedDeployment:
     unserved: float
     missing_replicas: int
     runner_up: RunnerUp | None
+    yields: tuple[Yield, ...]
     rejections: tuple[Rejection, ...]
     relaxations: tuple[str, ...]
 
@@ -169,6 +184,7 @@ def _planned(
         unserved=unserved,
         missing_replicas=missing,
         runner_up=_runner_up(demand, counts, posed, outcome),
+        yields=tuple(_yields(posed.options[name].values())),
         rejections=rejections,
         relaxations=relaxations(demand, posed, unserved, missing, inventory) if unserved or missing else (),
     )
@@ -197,6 +213,28 @@ def _placement(option: Option, candidate: Candidate, seats: Sequence[Seat]) -> P
         load_s=found.load_s,
         limited_by=found.limited_by,
     )
+
+
+def _yields(candidates: Iterable[Candidate]) -> Iterator[Yield]:
+    best: dict[str, Candidate] = {}
+    for candidate in candidates:
+        known = best.get(candidate.cell.kind)
+        if known is None or _rank(candidate) > _rank(known):
+            best[candidate.cell.kind] = candidate
+    for kind, candidate in best.items():
+        found = candidate.prediction
+        yield Yield(
+            kind=kind,
+            cell=candidate.cell.name,
+            output_tokens_per_s=found.output_tokens_per_s,
+            watts=found.busy_w,
+            tokens_per_watt=found.tokens_per_watt,
+        )
+
+
+def _rank(candidate: Candidate) -> tuple[float, float, str]:
+    found = candidate.prediction
+    return found.tokens_per_watt or 0.0, found.output_tokens_per_s, candidate.cell.name
 
 
 def _runner_up(demand: Demand, counts: dict[str, int], posed: Posed, outcome: Outcome) -> RunnerUp | None:

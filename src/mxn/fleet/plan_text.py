@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
-from mxn.fleet.plan import Placement, Plan, PlannedDeployment
+from mxn.fleet.plan import Placement, Plan, PlannedDeployment, Yield
 
 _SEATS_SHOWN = 6
 
@@ -29,6 +29,8 @@ def plan_lines(plan: Plan, *, explain: bool = False) -> Iterator[str]:
         for deployment in plan.deployments:
             yield ""
             yield from _reasons(deployment)
+        yield ""
+        yield from _matrix(plan)
     yield ""
     yield "chips used: " + ", ".join(
         f"{kind} {plan.chips_used[kind]:g} of {there}" for kind, there in plan.chips_there.items()
@@ -89,11 +91,28 @@ def _reasons(deployment: PlannedDeployment) -> Iterator[str]:
         yield f"  refused: {no.kind}{size}{' ' + cell if cell else ''}: {no.constraint}: {no.reason}{margin}"
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def _matrix(plan: Plan) -> Iterator[str]:
+    """Models by chip kinds: output tokens per joule of the best cell, whether it was chosen or not."""
+    kinds = list(plan.chips_there)
+    yield "tokens per watt of the best cell"
+    rows: list[tuple[str, ...]] = [("", *kinds)]
+    for deployment in plan.deployments:
+        found = {best.kind: best for best in deployment.yields}
+        cells = [_cell(found[kind]) if kind in found else "-" for kind in kinds]
+        rows.append((deployment.name, *cells))
+    yield from _table(rows, left=range(len(kinds) + 1))
+
+
+def _cell(best: Yield) -> str:
+    amount = "?" if best.tokens_per_watt is None else f"{best.tokens_per_watt:.3g}"
+    return f"{amount} ({best.cell.partition(' ')[2]})"
+
+
+def _table(rows: Sequence[tuple[str, ...]], left: Container[int] = (0, 2, 3)) -> Iterator[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = [
-            cell.ljust(width) if column in (0, 2, 3) else cell.rjust(width)
+            cell.ljust(width) if column in left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  ".join(cells).rstrip()
