@@ -64,7 +64,6 @@ def read_graph(path: Path, *, key_dim: int, value_dim: int) -> DecoderGraph:
     graph = model.graph
     _take_lengths(graph, path)
     _take_logit_rows(graph, path)
-    _fuse_silu(graph)
     _drop_dead_nodes(graph)
     caches = tuple(_caches(graph, path, key_dim, value_dim))
     logits = next(output for output in graph.output if output.name == "logits")
@@ -189,18 +188,6 @@ def _take_logit_rows(graph: GraphProto, path: Path) -> None:
             shape = ["rows", kind.shape.dim[-1].dim_value]
             output.CopyFrom(helper.make_tensor_value_info("logits", kind.elem_type, shape))
     del graph.value_info[:]  # shapes noted for the old rows
-
-
-def _fuse_silu(graph: GraphProto) -> None:
-    """Makes x * sigmoid(x) one node, which ONNX Runtime has as QuickGelu with alpha 1."""
-    gates = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Sigmoid"}
-    for node in graph.node:
-        if node.op_type == "Mul" and len(node.input) == 2:
-            first, second = node.input
-            if gates.get(second) == first or gates.get(first) == second:
-                value = first if gates.get(second) == first else second
-                fused = helper.make_node("QuickGelu", [value], list(node.output), domain="com.microsoft", alpha=1.0)
-                node.CopyFrom(fused)
 
 
 def _drop_dead_nodes(graph: GraphProto) -> None:
