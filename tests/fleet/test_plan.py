@@ -188,3 +188,16 @@ def test_ten_thousand_deployments_of_one_model_are_planned(tmp_path: Path) -> No
     plan = make_plan(file.model_copy(update={"deployments": many}))
     assert plan.is_complete
     assert plan.chips_used["l4"] == 2500
+
+
+@pytest.mark.parametrize("name", ["mixed", "overload", "infeasible"])
+def test_the_order_of_nodes_and_deployments_changes_nothing(plans: dict[str, Plan], name: str) -> None:
+    file = load_deployments(ROOT / f"configs/examples/{name}.yaml")
+    cluster = file.cluster.model_copy(update={"nodes": file.cluster.nodes[::-1]})
+    turned = make_plan(file.model_copy(update={"cluster": cluster, "deployments": file.deployments[::-1]}))
+    plan = plans[name]
+    assert turned.stages[-1].value == pytest.approx(plan.stages[-1].value, rel=1e-4)
+    assert {d.name: d.unserved for d in turned.deployments} == pytest.approx(
+        {d.name: d.unserved for d in plan.deployments}, abs=2e-3
+    )
+    assert [stage.name for stage in turned.stages] == [stage.name for stage in plan.stages]
