@@ -16,9 +16,10 @@ _STEEPER = 1.6
 the next one therefore goes to the demand that is served worst, which is max-min fairness to within a tenth."""
 _WORTH = 100.0
 """How many times its dearest way of being served a demand's load is worth when everybody is expected to be served."""
+_NOTHING = 1e-4
 _A_TENTH_OF_A_SLICE = 0.1
 SLACK = 1e-3
-"""Share of a demand's load that the cost stage may leave unserved beyond what the service stages did."""
+"""Share of a demand's load that the cost stage may leave unserved beyond what the service stages did, if they did."""
 
 
 def cost_of_serving_all(instance: Instance) -> Goal:
@@ -37,7 +38,10 @@ def cost_of_serving_as_much(instance: Instance, unserved: Mapping[int, float], m
     for row, item in enumerate(instance.items):
         if item.option is None:
             uppers[row] = missing[item.demand]
-    pieces = tuple(((min(1.0, unserved[d] + SLACK), 0.0),) for d in range(len(instance.problem.demands)))
+    pieces = tuple(
+        ((min(1.0, unserved[d] + SLACK) if unserved[d] > 0 else _NOTHING, 0.0),)
+        for d in range(len(instance.problem.demands))
+    )
     return Goal(_costs(instance), uppers, pieces)
 
 

@@ -31,7 +31,7 @@ _BUDGETS: dict[Effort, Budget] = {
     "refined": Budget(target_gap=1e-3, rounds=20, attempts=6),
     "exact": Budget(target_gap=1e-6, rounds=20, attempts=12, nodes=200),
 }
-_SERVED = 1e-6
+_SERVED = 1e-4
 """A share of load below this counts as nothing."""
 
 
@@ -113,6 +113,9 @@ class _Solver:
             patterns = self._minimise(f"service of tier {tier}", goal, patterns)
             unserved |= {d: u for d, u in self._unserved(patterns).items() if self.problem.demands[d].tier == tier}
             missing |= {d: m for d, m in self._missing(patterns).items() if self.problem.demands[d].tier == tier}
+        if not any(unserved.values()) and not any(missing.values()):
+            self.stages.clear()  # there is room for everybody after all: nothing was to be divided
+            return self._minimise("cost", cost_of_serving_all(self.instance), patterns)
         return self._minimise("cost", cost_of_serving_as_much(self.instance, unserved, missing), patterns)
 
     def _minimise(
