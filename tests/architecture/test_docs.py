@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mxn.backends.base import Backend, Executor
+from mxn.backends.base import Backend, Embedder, Executor
 from mxn.core.model import LoadSettings, Model, ModelSpec
 
 ROOT = Path(__file__).parents[2]
@@ -57,12 +57,13 @@ def test_the_vendors_page_shows_every_method_as_the_contract_wants_it() -> None:
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs/vendors.md").read_text(), re.DOTALL):
         exec(compile(code, "vendors.md", "exec"), shown)  # noqa: S102 (our own page)
     methods = {name: value for name, value in shown.items() if isinstance(value, FunctionType) and name != "sample"}
-    for interface in (Backend, Executor):
+    for interface in (Backend, Executor, Embedder):
         public = {name for name, value in vars(interface).items() if isinstance(value, FunctionType) and name[0] != "_"}
         assert public <= methods.keys()
     outer = {name: methods[name] for name in vars(Backend) if name in methods and name != "serve"}
     backend = type("MyChipBackend", (Backend,), {"name": "mychip", **outer})()
     type("MyChipExecutor", (Executor,), {name: methods[name] for name in vars(Executor) if name in methods})
+    type("MyChipEmbedder", (Embedder,), {name: methods[name] for name in vars(Embedder) if name in methods})
     assert "install mychip-driver" in backend.probe().reason
     (chip,) = backend.chips()
     spec = ModelSpec(

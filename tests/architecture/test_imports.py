@@ -8,7 +8,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-CONTROL_PLANE = ("core", "config", "energy", "store", "engine", "fleet", "server", "bench", "conformance", "cli", "backends")
+CONTROL_PLANE = (
+    "core",
+    "config",
+    "energy",
+    "store",
+    "engine",
+    "fleet",
+    "server",
+    "bench",
+    "conformance",
+    "cli",
+    "backends",
+)
 HEAVY = ("torch", "transformers", "triton", "onnxruntime", "ray", "vllm", "accelerate", "mxn.runner", "mxn_kernels")
 
 # Imports modules one after another and names the first that brings in a heavy library.

@@ -9,7 +9,21 @@ import pytest
 
 from .conftest import Mxn
 
-COMMANDS = ("serve", "chat", "bench", "demo", "report", "plan", "diff", "fit", "config", "status", "chips", "models", "doctor")
+COMMANDS = (
+    "serve",
+    "chat",
+    "bench",
+    "demo",
+    "report",
+    "plan",
+    "diff",
+    "fit",
+    "config",
+    "status",
+    "chips",
+    "models",
+    "doctor",
+)
 
 
 def test_help_lists_every_command_and_is_quick(mxn: Mxn) -> None:

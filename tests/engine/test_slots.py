@@ -19,7 +19,7 @@ VOCAB = 97
 
 
 class RecordingExecutor(FakeSlotExecutor):
-    """Remembers every step, as (slot, start, tokens), and every copy; counts steps with gaps between running sequences."""
+    """Remembers every step, as (slot, start, tokens), and every copy; counts steps with gaps among running slots."""
 
     def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)  # type: ignore[arg-type]

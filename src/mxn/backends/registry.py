@@ -65,4 +65,6 @@ def load_backend(name: str) -> Backend:
         ) from error
     if not isinstance(backend, Backend):
         raise BackendError(f'backend "{name}" is a {type(backend).__name__}, expected a subclass of mxn Backend')
+    if backend.name != name:
+        raise BackendError(f'{class_name} is registered as "{name}" and calls itself "{backend.name}"; use one name')
     return backend
