@@ -28,7 +28,7 @@ $(STEPS): export PIP_ROOT_USER_ACTION := ignore
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo serve bench test check gpu format setup clean
+.PHONY: help demo serve bench test lint check gpu format setup clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS='	' read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
@@ -48,11 +48,13 @@ test: export OMP_NUM_THREADS ?= 2
 test: $(VENV)/.dev ## run every test, those on real weights included
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(VENV)/.dev ## format, lint, types, import rules and the tests that need no torch
+lint: $(VENV)/.dev ## format, lint, types and import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+check: lint ## the same and the tests that need no torch
 	$(BIN)/python -m pytest -m "not torch and not model and not slow" \
 	  --ignore=tests/attention --ignore=tests/kernels --ignore=tests/runner $(ARGS)
 
