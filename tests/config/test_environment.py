@@ -55,5 +55,17 @@ def test_a_child_gets_the_environment_and_what_is_added(monkeypatch: pytest.Monk
     assert (child["MXN_TEST_VALUE"], child["MXN_TEST_OTHER"]) == ("a", "b")
 
 
+def test_defaults_reach_the_child_and_not_what_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    child = environment.child_environment(defaults={"GOMP_SPINCOUNT": "0", "OMP_NUM_THREADS": "1"})
+    assert (child["GOMP_SPINCOUNT"], child["OMP_NUM_THREADS"]) == ("0", "3")
+    for name, value in child.items():
+        monkeypatch.setenv(name, value)
+    grandchild = environment.child_environment({"MXN_TEST_OTHER": "b"})
+    assert "GOMP_SPINCOUNT" not in grandchild
+    assert grandchild["OMP_NUM_THREADS"] == "3"
+
+
 def test_the_shipped_cards_are_found_in_a_checkout() -> None:
     assert (environment.shipped_config_dir() / "models" / "smollm2-135m-instruct.yaml").is_file()

@@ -12,6 +12,7 @@
 | MXN_LLAMA_SERVER | llama.cpp's `llama-server`                               | found on PATH |
 | MXN_VLLM_PYTHON  | interpreter of the environment that vLLM is installed in | `vllm` on PATH |
 | MXN_LOG_LEVEL    | debug, info, warning or error                            | info |
+| MXN_LOG_FORMAT   | text, or json for one object per line                    | text |
 | CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES | chips that drivers show, by number or UUID | all |
 """
 
@@ -25,9 +26,12 @@ from mxn.errors import ConfigError
 
 DEFAULT_HUB_ENDPOINT = "https://huggingface.co"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})
+_DEFAULTED = "MXN_DEFAULTED"
+"""Where a process that mxn starts finds the names of the variables that only mxn's defaults gave it."""
 
 
 def cache_dir() -> Path:
@@ -90,6 +94,15 @@ def log_level() -> str:
     return level
 
 
+def log_format(given: str | None = None) -> str:
+    """How log lines are written, for people or as JSON for a collector: as `given`, else as the variable says."""
+    name = (given or os.environ.get("MXN_LOG_FORMAT") or "text").strip().lower()
+    if name not in LOG_FORMATS:
+        where = "--log-format" if given else "MXN_LOG_FORMAT"
+        raise ConfigError(f"{where} is {name!r}; expected one of {', '.join(LOG_FORMATS)}")
+    return name
+
+
 def visible_chips(variable: str) -> tuple[str, ...] | None:
     """Numbers or UUIDs from one of the drivers' own variables; None when it is not set, nothing when it hides all."""
     text = os.environ.get(variable)
@@ -99,8 +112,15 @@ def visible_chips(variable: str) -> tuple[str, ...] | None:
 def child_environment(
     extra: Mapping[str, str] | None = None, *, defaults: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The environment for a process that mxn starts: `defaults`, above them this process's own, on top `extra`."""
-    return {**(defaults or {}), **os.environ, **(extra or {})}
+    """The environment for a process that mxn starts: `defaults`, above them this process's own, on top `extra`.
+
+    Defaults are for that one process: those that this process got in the same way are not passed on to its children.
+    """
+    inherited = set(os.environ.get(_DEFAULTED, "").split())
+    own = {name: value for name, value in os.environ.items() if name != _DEFAULTED and name not in inherited}
+    added = (defaults or {}).keys() - own.keys()
+    marker = {_DEFAULTED: " ".join(sorted(added))} if added else {}
+    return {**(defaults or {}), **own, **marker, **(extra or {})}
 
 
 def _folder(own: str, xdg: str, below_home: str) -> Path:
