@@ -327,6 +327,22 @@ def test_aborting_unknown_or_finished_sequences_does_nothing() -> None:
     assert engine.abort([0, 99]) == []
 
 
+def test_time_in_the_queue_is_counted_once_per_sequence_at_its_first_step() -> None:
+    engine, clock = make_engine(max_num_seqs=1), FakeClock()
+    engine._clock = clock
+    for seq_id in (1, 2, 3):
+        engine.add(request(seq_id, [seq_id] * 5, max_tokens=2))
+    clock.advance(1.0)
+    engine.step()
+    assert (engine.stats.num_started, engine.stats.queue_s) == (1, 1.0)
+    engine.abort([3])
+    while engine.has_work:
+        clock.advance(1.0)
+        engine.step()
+    assert engine.stats.num_started == 2
+    assert engine.stats.queue_s == 1.0 + 3.0
+
+
 def test_an_idle_engine_plans_nothing() -> None:
     assert make_engine().step() == []
 

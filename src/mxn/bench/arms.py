@@ -10,6 +10,7 @@ import msgspec
 from mxn.bench.client import CompletionsClient, RequestResult
 from mxn.bench.load import LoadRun, Session, drive
 from mxn.bench.quality import Answerer, Asker
+from mxn.bench.queue import QueueTotals, ask_queue
 from mxn.bench.records import Subject
 from mxn.energy.reader import PowerReader
 from mxn.engine.http_stream import ConnectionPool
@@ -62,6 +63,10 @@ class HttpArm:
 
     async def drive(self, sessions: Sequence[Session], concurrency: int) -> LoadRun:
         return await drive(self._client, sessions, concurrency=concurrency)
+
+    async def queue(self) -> QueueTotals | None:
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        return await ask_queue(self._base_url, self._model, headers)
 
     def asker(self) -> Asker:
         return Asker(self._base_url, model=self._model, api_key=self._api_key)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from mxn.backends.base import Backend, Embedder, LoadProgress
 from mxn.bench.client import RequestResult
 from mxn.bench.engine_asker import EngineAsker
+from mxn.bench.queue import QueueTotals
 from mxn.bench.records import Subject
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
@@ -124,6 +125,9 @@ class InProcessArm:
                         error=None if is_good else output.error or str(output.finish_reason),
                     )
         return [results[i] for i in range(len(prompts))]
+
+    async def queue(self) -> QueueTotals:
+        return QueueTotals(num_started=self._engine.stats.num_started, seconds=self._engine.stats.queue_s)
 
     def asker(self) -> EngineAsker:
         return EngineAsker(self._engine, self._tokenizer)

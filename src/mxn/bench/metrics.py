@@ -33,11 +33,12 @@ METRIC_UNITS = {
     "request_p90_ms": "ms",
     "request_p99_ms": "ms",
     "in_flight": "requests",
+    "queue_mean_ms": "ms",
     "lateness_p99_ms": "ms",
     "client_cpu_share": "of one core",
     "client_lag_p99_ms": "ms",
 }
-"""Every metric with its unit; formulas are in docs/benchmarking.md. Medians over requests unless p90 or p99."""
+"""Every metric with its unit; formulas are in docs/benchmarking.md. Medians over requests unless it says otherwise."""
 
 STEADY_SHARE = 0.9
 """A closed loop is steady while this share of its peak is in flight, an open loop but for its outer tenths."""

@@ -132,12 +132,13 @@ def comparison(records: Sequence[Record]) -> Grid:
 
 
 def details(records: Sequence[Record]) -> Grid:
-    """One row per record with latencies, cached tokens, energy and the load generator's own cost."""
+    """One row per record: latencies, time in the server's line, cached tokens, energy, the load generator's cost."""
     rows = [
         (
             r.subject.label,
             r.workload.name,
-            *(figure(r.metrics.get(m)) for m in ("ttft_ms", "tpot_ms", "itl_p99_ms", "output_tokens_per_s")),
+            *(figure(r.metrics.get(m)) for m in ("ttft_ms", "queue_mean_ms", "tpot_ms", "itl_p99_ms")),
+            figure(r.metrics.get("output_tokens_per_s")),
             "-" if r.num_cached_tokens is None else str(r.num_cached_tokens),
             *(
                 "-" if q.value is None else number_text(q.value)
@@ -153,6 +154,7 @@ def details(records: Sequence[Record]) -> Grid:
             "Arm",
             "Workload",
             "TTFT ms",
+            "Queue ms",
             "TPOT ms",
             "ITL p99 ms",
             "Output tok/s",

@@ -23,6 +23,7 @@ from mxn.bench.metrics import (
     steady_window,
     window_metrics,
 )
+from mxn.bench.queue import QueueArm
 from mxn.bench.records import Record, Run
 from mxn.bench.workloads import PromptMaker, Workload
 from mxn.core.quantity import Quantity
@@ -160,6 +161,7 @@ async def _idle_watts(arms: Sequence[Arm], seconds: float) -> list[Quantity | No
 async def _run_once(
     arm: Arm, workload: Workload, sessions: Sequence[Session], into: _Collected, slo: Slo | None
 ) -> None:
+    queue_before = await arm.queue() if isinstance(arm, QueueArm) else None
     window, timeline = EnergyWindow(arm.readers), EnergyTimeline(arm.readers)
     begin_s, cpu_s = time.monotonic(), time.process_time()
     lag_s: tuple[float, ...] = ()
@@ -176,6 +178,9 @@ async def _run_once(
     figures = metrics(results, time.process_time() - cpu_s if is_apart else None, slo)
     if lag_s:
         figures["client_lag_p99_ms"] = 1e3 * percentile(lag_s, 99)
+    queue_after = await arm.queue() if isinstance(arm, QueueArm) else None
+    if queue_before and queue_after and (mean_s := queue_before.mean_s_until(queue_after)) is not None:
+        figures["queue_mean_ms"] = 1e3 * mean_s
     steady, note = _steady(results, workload, timeline, into, slo)
     output = sum(r.num_output_tokens for r in results if r.error is None)
     into.runs.append(

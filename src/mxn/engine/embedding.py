@@ -46,6 +46,7 @@ class EmbeddingEngine:
         self._clock = clock or SystemClock()
         self._ledger = ledger
         self._waiting: dict[int, SequenceRequest] = {}
+        self._arrived_s: dict[int, float] = {}
 
     @property
     def has_work(self) -> bool:
@@ -66,10 +67,13 @@ class EmbeddingEngine:
         if min(ids) < 0 or max(ids) >= vocab_size:
             raise RequestError(f"token ids must be in 0..{vocab_size - 1}", param="input")
         self._waiting[request.seq_id] = request
+        self._arrived_s[request.seq_id] = self._clock.now_s()
 
     def abort(self, seq_ids: Iterable[int]) -> list[SequenceOutput]:
         """Takes texts out of the line; unknown or finished ids are ignored."""
         gone = [seq_id for seq_id in seq_ids if self._waiting.pop(seq_id, None) is not None]
+        for seq_id in gone:
+            del self._arrived_s[seq_id]
         self.stats.num_aborted += len(gone)
         self._refresh_gauges()
         return [SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.ABORT) for seq_id in gone]
@@ -87,6 +91,8 @@ class EmbeddingEngine:
         stats.num_steps += 1
         stats.num_running = len(taken)
         start_s = self._clock.now_s()
+        stats.num_started += len(taken)
+        stats.queue_s += sum(start_s - self._arrived_s.pop(request.seq_id) for request in taken)
         answers = self._embed(taken)
         end_s = self._clock.now_s()
         if self._ledger is not None:

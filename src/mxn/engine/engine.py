@@ -83,7 +83,7 @@ class Engine:
         self._check(request)
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
         root = self.placement.root(request.cache_salt)
-        sequence = Sequence(request, arrival=self._num_arrived, seed=seed, root=root)
+        sequence = Sequence(request, arrival=self._num_arrived, seed=seed, root=root, arrived_s=self._clock.now_s())
         self._num_arrived += 1
         self._sequences[request.seq_id] = sequence
         self._scheduler.add(sequence)
@@ -113,6 +113,7 @@ class Engine:
             return []
         self.stats.num_steps += 1
         start_s = self._clock.now_s()
+        self._count_started(plan, start_s)
         batch = StepBatch(step_id=self.stats.num_steps, sequences=tuple(self._describe(p) for p in plan))
         plan, result = self._execute(plan, batch)
         if self._ledger is not None:
@@ -142,6 +143,15 @@ class Engine:
         self.placement.check_integrity(self._sequences.values())
 
     # ------------------------------------------------------------------ before a step
+
+    def _count_started(self, plan: list[Scheduled], now_s: float) -> None:
+        """Books how long those stood in line that are in a step for the first time."""
+        for scheduled in plan:
+            sequence = scheduled.sequence
+            if sequence.arrived_s is not None:
+                self.stats.num_started += 1
+                self.stats.queue_s += now_s - sequence.arrived_s
+                sequence.arrived_s = None
 
     def _check(self, request: SequenceRequest) -> None:
         prompt, sampling = request.prompt_token_ids, request.sampling

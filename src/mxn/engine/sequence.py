@@ -28,6 +28,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "arrived_s",
         "block_chain",
         "block_ids",
         "finish_reason",
@@ -44,9 +45,12 @@ class Sequence:
         "token_ids",
     )
 
-    def __init__(self, request: SequenceRequest, *, arrival: int, seed: int, root: bytes) -> None:
+    def __init__(
+        self, request: SequenceRequest, *, arrival: int, seed: int, root: bytes, arrived_s: float = 0.0
+    ) -> None:
         self.request = request
         self.arrival = arrival
+        self.arrived_s: float | None = arrived_s  # until its first step
         self.seed = seed
         self.root = root
         self.token_ids = list(request.prompt_token_ids)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 
 @dataclass(kw_only=True, slots=True)
 class EngineStats:
     """Gauges and counters of one engine after a step. Counters only grow.
 
+    num_started, queue_s: sequences that left the line, and the seconds they had stood in it before, first time only.
     chip_energy_j: this engine's share of its chip's joules, of which request_energy_j went to sequences and
       idle_energy_j to nobody; None when nothing meters the chip. Only the first is known of a server's replica.
     """
@@ -18,6 +20,8 @@ class EngineStats:
     num_free_blocks: int = 0
     num_total_blocks: int = 0
     num_steps: int = 0
+    num_started: int = 0
+    queue_s: float = 0.0
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
@@ -31,3 +35,14 @@ class EngineStats:
     chip_energy_j: float | None = None
     request_energy_j: float | None = None
     idle_energy_j: float | None = None
+
+    @classmethod
+    def total(cls, parts: Iterable[EngineStats]) -> EngineStats:
+        """Those of several engines added up; joules that none of them knows stay unknown."""
+        parts = list(parts)
+        total = cls()
+        for field in fields(cls):
+            known = [value for part in parts if (value := getattr(part, field.name)) is not None]
+            if known:
+                setattr(total, field.name, sum(known))
+        return total

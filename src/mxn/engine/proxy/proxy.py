@@ -73,7 +73,7 @@ class Proxy:
         self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream", **server.headers}
         self._max_num_seqs = max_num_seqs
         self._max_context = max_context
-        self._waiting: list[tuple[int, int, SequenceRequest]] = []
+        self._waiting: list[tuple[int, int, SequenceRequest, float]] = []
         self._arrivals = itertools.count()
         self._streams: dict[int, _Stream] = {}
         self._outputs: list[SequenceOutput] = []
@@ -136,7 +136,7 @@ class Proxy:
         self._advance()
 
     def _add(self, request: SequenceRequest) -> None:
-        heapq.heappush(self._waiting, (request.priority, next(self._arrivals), request))
+        heapq.heappush(self._waiting, (request.priority, next(self._arrivals), request, time.monotonic()))
 
     def _abort(self, seq_ids: Iterable[int]) -> None:
         for seq_id in seq_ids:
@@ -155,7 +155,10 @@ class Proxy:
         if self._end is None or self._end.done():
             return
         while self._waiting and len(self._streams) < self._max_num_seqs:
-            self._start(heapq.heappop(self._waiting)[2])
+            _, _, request, arrived_s = heapq.heappop(self._waiting)
+            self.stats.num_started += 1
+            self.stats.queue_s += time.monotonic() - arrived_s
+            self._start(request)
         self.stats.num_running, self.stats.num_waiting = len(self._streams), len(self._waiting)
         if self._outputs:
             self._flush_soon()
