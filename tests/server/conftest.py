@@ -43,7 +43,8 @@ class Running:
     def get_error(self, response: httpx.Response) -> dict[str, Any]:
         """The error object of a response, whose shape is checked."""
         error: dict[str, Any] = response.json()["error"]
-        assert list(error) == ["message", "type", "param", "code"]
+        assert list(error) == ["message", "type", "param", "code", "request_id"]
+        assert error["request_id"] == response.headers["x-request-id"]
         assert isinstance(error["message"], str)
         assert isinstance(error["type"], str)
         assert "Traceback" not in error["message"]

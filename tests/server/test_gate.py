@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from mxn.cli.logs import JsonLines
 from mxn.errors import ConfigError
 from mxn.fleet.fleet import Fleet
 from mxn.server.app import build_app
@@ -39,7 +42,7 @@ def app_of(**settings: Any) -> Any:
 def assert_is_error(response: httpx.Response) -> None:
     assert response.headers["content-type"] == "application/json"
     assert set(response.json()) == {"error"}
-    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert set(response.json()["error"]) == {"message", "type", "param", "code", "request_id"}
 
 
 async def test_without_the_key_every_route_but_the_probes_is_closed() -> None:
@@ -159,6 +162,42 @@ def test_a_clients_request_id_is_echoed_and_two_equal_ones_do_not_meet(server: R
     assert len({r.json()["id"] for r in (*tagged, *plain)}) == 4
     hostile = server.http.get("/livez", headers={"x-request-id": "a b;c"})
     assert hostile.headers["x-request-id"].startswith("req-")
+
+
+def test_every_log_line_and_error_of_a_request_carries_its_id(
+    server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("as the test wants it")
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(json.loads(JsonLines().format(record)))
+
+    lines: list[dict[str, Any]] = []
+    collector = Collector(logging.INFO)
+    logger = logging.getLogger("mxn.server")
+    logger.addHandler(collector)
+    try:
+        with caplog.at_level(logging.INFO, "mxn.server"):
+            monkeypatch.setattr(server.deployment("hash-model"), "submit", broken)
+            body = {"model": "hash-model", "prompt": "x"}
+            answer = server.post("/v1/completions", body, headers={"x-request-id": "trace-7"})
+            server.wait_for(lambda: any("duration_ms" in line for line in lines))
+    finally:
+        logger.removeHandler(collector)
+    assert answer.json()["error"]["request_id"] == "trace-7"
+    mine = [line for line in lines if line.get("request_id") == "trace-7"]
+    assert [line["level"] for line in mine] == ["error", "info"]
+    assert "as the test wants it" in mine[0]["exception"]
+    access = {key: mine[1][key] for key in ("logger", "method", "route", "status", "model")}
+    assert access == {
+        "logger": "mxn.server.access",
+        "method": "POST",
+        "route": "/v1/completions",
+        "status": 500,
+        "model": "hash-model",
+    }
 
 
 def test_an_unexpected_error_is_told_without_details(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,15 +61,20 @@ def serve(
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON when ready, instead of text.")
     ] = False,
+    log_format: Annotated[
+        str | None, typer.Option(help="text, or json: one object per line. Default: MXN_LOG_FORMAT, else text.")
+    ] = None,
     until_stdin_closes: Annotated[bool, typer.Option("--until-stdin-closes", hidden=True)] = False,
 ) -> None:
     """Serve a model, or all of an mxn.yaml.
 
     Ends on Ctrl-C or SIGTERM, and lets running requests finish; a second signal ends at once.
     """
+    from mxn.cli.logs import set_up_logging
     from mxn.cli.prepare import backend_options
     from mxn.errors import ConfigError
 
+    set_up_logging(log_format)
     flags = {
         "name": name,
         "backend": backend,
@@ -115,12 +120,10 @@ def _stop_when_stdin_closes() -> None:
 def _run(file: DeploymentsFile, settings: ServerSettings, where: tuple[str, int], *, json_output: bool) -> int:
     import asyncio
 
-    from mxn.cli.logs import set_up_logging
     from mxn.cli.prepare import prepare
     from mxn.cli.progress import Phases
     from mxn.server.run import check_address
 
-    set_up_logging()
     check_address(where[0], settings)
     with Phases() as phases:
         prepared = [prepare(d, phases, max_queue=file.server.max_queue) for d in file.deployments]

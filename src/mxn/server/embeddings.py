@@ -15,7 +15,7 @@ from mxn.errors import RequestError
 from mxn.server.body import read_json
 from mxn.server.disconnect import ClientGoneError, StopWhenGone
 from mxn.server.errors import send_json
-from mxn.server.gateway import Gateway, Served, require_ready
+from mxn.server.gateway import MODEL, Gateway, Served, require_ready
 from mxn.server.openai import EmbeddingRequest, check
 from mxn.server.sampling import check_prompt_ids
 
@@ -34,6 +34,7 @@ class EmbeddingsEndpoint:
         gateway, started_s = self._gateway, time.perf_counter()
         request = check(EmbeddingRequest, await read_json(scope["headers"], receive, gateway.settings))
         served = gateway.served(gateway.deployment_for("embed", request.model))
+        scope[MODEL] = served.deployment.name
         outcome = "failed"
         try:
             async with StopWhenGone(receive):

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from mxn.errors import MxnError, OverloadedError, ReplicaDiedError, RequestError, UnavailableError
+from mxn.server.request_id import current_request_id
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,15 @@ class ErrorAnswer:
     retry_after_s: float | None = None
 
     def body(self) -> bytes:
-        """The error object as JSON."""
+        """The error object as JSON: OpenAI's four fields, and the id of the request it answers."""
         error = {
             "message": self.message,
             "type": _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error"),
             "param": self.param,
             "code": self.code,
         }
+        if request_id := current_request_id():
+            error["request_id"] = request_id
         return msgspec.json.encode({"error": error})
 
     def headers(self) -> list[tuple[bytes, bytes]]:

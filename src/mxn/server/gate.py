@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import logging
 import re
-import secrets
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,8 @@ from typing import Any
 from mxn.errors import OverloadedError, RequestError, UnavailableError
 from mxn.server.disconnect import ClientGoneError
 from mxn.server.errors import answer_for, send_error
-from mxn.server.gateway import PRINCIPAL, Gateway
+from mxn.server.gateway import MODEL, PRINCIPAL, Gateway
+from mxn.server.request_id import HEADER, begin_request
 
 log = logging.getLogger("mxn.server.access")
 
@@ -28,7 +28,6 @@ OPEN_PATHS = frozenset({"/livez", "/readyz"})
 _WATCHING_PATHS = OPEN_PATHS | {"/metrics", "/v1/mxn/status"}
 """Routes that answer while draining and when the gateway is full."""
 
-_CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _LOOPBACK_HOST = re.compile(rb"(localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(:[0-9]{1,5})?")
 _CLIENT_GONE = 499
 
@@ -49,16 +48,14 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = b"req-" + secrets.token_hex(12).encode()
-        client_id = _client_request_id(scope["headers"])
-        shown_id = client_id or request_id
+        request_id = begin_request(scope["headers"]).encode()
         status = 0
 
         async def tagged_send(message: dict[str, Any]) -> None:
             nonlocal status
             if not status and message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", shown_id)]
+                message["headers"] = [*message.get("headers", ()), (HEADER, request_id)]
             await send(message)
 
         started_s = time.perf_counter()
@@ -72,10 +69,10 @@ class Gate:
             if not status:
                 await send_error(tagged_send, answer_for(error))
             else:
-                log.error("%s failed after its answer had begun", request_id.decode(), exc_info=error)
+                log.error("the request failed after its answer had begun", exc_info=error)
         finally:
             self._gateway.leave()
-            self._note(scope, status, request_id, client_id, time.perf_counter() - started_s)
+            self._note(scope, status, time.perf_counter() - started_s)
 
     def _check(self, scope: dict[str, Any]) -> None:
         path = scope["path"]
@@ -114,25 +111,17 @@ class Gate:
         scope[PRINCIPAL] = digest
         return is_known and kind.lower() == b"bearer"
 
-    def _note(
-        self, scope: dict[str, Any], status: int, request_id: bytes, client_id: bytes | None, seconds: float
-    ) -> None:
+    def _note(self, scope: dict[str, Any], status: int, seconds: float) -> None:
         """Counts the request and writes its line to the access log."""
         template = self._templates.get(scope.get("endpoint"), "unknown")
-        self._gateway.metrics.count_http(template, scope["method"], status)
+        method = scope["method"]
+        self._gateway.metrics.count_http(template, method, status)
         if log.isEnabledFor(logging.INFO):
-            client = f" client_id={client_id.decode()}" if client_id else ""
-            log.info(
-                "%s %s %s %d %.1f ms%s", request_id.decode(), scope["method"], template, status, 1000 * seconds, client
-            )
-
-
-def _client_request_id(headers: list[tuple[bytes, bytes]]) -> bytes | None:
-    """The client's X-Request-Id when it is harmless. It is echoed and logged, never looked up."""
-    for name, value in headers:
-        if name == b"x-request-id":
-            return value if _CLIENT_ID.fullmatch(value) else None
-    return None
+            duration_ms = round(1000 * seconds, 1)
+            fields = {"method": method, "route": template, "status": status, "duration_ms": duration_ms}
+            if model := scope.get(MODEL):
+                fields["model"] = model
+            log.info("%s %s %d %.1f ms", method, template, status, duration_ms, extra={"fields": fields})
 
 
 def _check_is_local(headers: list[tuple[bytes, bytes]]) -> None:

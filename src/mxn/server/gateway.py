@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 PRINCIPAL = "mxn.principal"
 """Key in an ASGI scope: SHA-256 of the API key that the request came with, empty when no key is set."""
 
+MODEL = "mxn.model"
+"""Key in an ASGI scope: name of the deployment that a request is for, once that is known."""
+
 
 class Served:
     """What the gateway keeps for one deployment."""

@@ -18,7 +18,7 @@ from mxn.server.body import read_json
 from mxn.server.choice import Choice, Scored, chat_logprobs, completion_logprobs, score_prompt
 from mxn.server.disconnect import ClientGoneError, StopWhenGone
 from mxn.server.errors import answer_for, send_json
-from mxn.server.gateway import Gateway, Served, require_ready
+from mxn.server.gateway import MODEL, Gateway, Served, require_ready
 from mxn.server.openai import ChatRequest, CompletionRequest, GenerationRequest, check
 from mxn.server.sampling import check_prompt_ids, for_choice, to_sampling
 
@@ -100,6 +100,7 @@ class GenerationEndpoint(ABC):
         body = await read_json(scope["headers"], receive, self._gateway.settings)
         request = check(self.request_kind, body)
         served = self._gateway.served(self._gateway.deployment_for("generate", request.model))
+        scope[MODEL] = served.deployment.name
         outcome: Outcome = "failed"
         choices: list[Choice] = []
         try:
