@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from mxn.bench.workloads import WORDS
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
-from mxn.fleet.deployment import DeploymentSpec
+from mxn.fleet.spec import DeploymentSpec, PlacementSpec
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -78,22 +78,29 @@ def fake_model(byte_tokenizer_folder: Path) -> Model:
     return Model(name="fake-model", folder=str(byte_tokenizer_folder), revision="r1", spec=spec)
 
 
+def fake_chip(number: int = 0) -> Chip:
+    return Chip(uid=f"fake-{number}", kind=None, name="Simulated chip", vendor="mxn", memory_bytes=1 << 30, cores=1)
+
+
 @pytest.fixture
 def fake_deployment(fake_model: Model) -> Callable[..., DeploymentSpec]:
     """Makes deployment specs on the fake backend; keywords `options` (dict), any `LoadSettings` or spec field."""
 
-    def make(name: str = "fake-model", *, options: dict[str, object] | None = None, **fields: object) -> DeploymentSpec:
+    def make(
+        name: str = "fake-model",
+        *,
+        options: dict[str, object] | None = None,
+        backend: str = "fake",
+        num_replicas: int = 1,
+        **fields: object,
+    ) -> DeploymentSpec:
         spec_fields = {k: fields.pop(k) for k in list(fields) if k in DeploymentSpec.__dataclass_fields__}
         settings = LoadSettings(options=tuple((k, str(v)) for k, v in (options or {}).items()), **fields)  # type: ignore[arg-type]
-        chip = Chip(uid="fake-0", kind=None, name="Simulated chip", vendor="mxn", memory_bytes=1 << 30, cores=1)
-        return DeploymentSpec(
-            name=name,
-            model=fake_model,
-            backend="fake",
-            chips=[chip],
-            settings=settings,
-            **spec_fields,  # type: ignore[arg-type]
-        )
+        placements = [
+            PlacementSpec(id=f"{name}/{i}", backend=backend, chips=[fake_chip(i)], settings=settings)
+            for i in range(num_replicas)
+        ]
+        return DeploymentSpec(name=name, model=fake_model, placements=placements, **spec_fields)  # type: ignore[arg-type]
 
     return make
 

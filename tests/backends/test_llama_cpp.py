@@ -17,8 +17,8 @@ from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
 from mxn.core.request import FinishReason, SamplingParams
 from mxn.errors import BackendError, ReplicaDiedError, UnsupportedModelError
-from mxn.fleet.deployment import DeploymentSpec
 from mxn.fleet.fleet import Fleet
+from mxn.fleet.spec import DeploymentSpec
 
 CHIP = Chip(uid="cpu-0", kind=None, name="CPU", vendor="x", memory_bytes=8 << 30, cores=2)
 
@@ -120,7 +120,7 @@ def real_spec() -> DeploymentSpec:
 
     model = fetch("smollm2-135m-instruct")
     settings = LoadSettings(context_length=1024, max_num_seqs=4, kv_bytes=96 << 20)
-    return DeploymentSpec(name="m", model=model, backend="llama.cpp", chips=backend.chips(), settings=settings)
+    return DeploymentSpec.single(name="m", model=model, backend="llama.cpp", chips=backend.chips(), settings=settings)
 
 
 @pytest.mark.model

@@ -15,8 +15,9 @@ from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
 from mxn.core.request import FinishReason, SamplingParams, SequenceOutput
 from mxn.errors import ReplicaDiedError
-from mxn.fleet.deployment import Deployment, DeploymentSpec
+from mxn.fleet.deployment import Deployment
 from mxn.fleet.fleet import Fleet
+from mxn.fleet.spec import DeploymentSpec
 
 ROOT = Path(__file__).parents[2]
 CHIP = Chip(uid="cpu-0", kind=None, name="CPU", vendor="x", memory_bytes=8 << 30, cores=2)
@@ -48,7 +49,7 @@ def scripted(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def spec_of(model: Model, **options: str) -> DeploymentSpec:
     settings = LoadSettings(options=tuple(options.items()), kv_bytes=1 << 30, max_num_seqs=8)
-    return DeploymentSpec(
+    return DeploymentSpec.single(
         name="m", model=model, backend="openvino", chips=[CHIP], settings=settings, restart_delays_s=()
     )
 

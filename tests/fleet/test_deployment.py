@@ -14,9 +14,10 @@ import pytest
 from mxn.backends.fake import fake_next_token
 from mxn.core.request import FinishReason, SamplingParams
 from mxn.errors import ConfigError, OverloadedError, ReplicaDiedError, RequestError, UnavailableError
-from mxn.fleet.deployment import Deployment, DeploymentSpec
+from mxn.fleet.deployment import Deployment
 from mxn.fleet.fleet import Fleet
-from mxn.fleet.replica import SequenceStream
+from mxn.fleet.spec import DeploymentSpec
+from mxn.fleet.stream import SequenceStream
 
 Make = Callable[..., DeploymentSpec]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)

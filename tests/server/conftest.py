@@ -17,8 +17,9 @@ import pytest
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
 from mxn.engine.tokenizer import Tokenizer
-from mxn.fleet.deployment import Deployment, DeploymentSpec
+from mxn.fleet.deployment import Deployment
 from mxn.fleet.fleet import Fleet
+from mxn.fleet.spec import DeploymentSpec
 from mxn.server.app import build_app
 from mxn.server.gateway import Gateway
 from mxn.server.run import serve
@@ -140,7 +141,7 @@ def server(fake_model: Model, byte_tokenizer_folder: Path) -> Iterator[Running]:
 def spec_of(model: Model, name: str, **options: object) -> DeploymentSpec:
     chip = Chip(uid=f"fake-{name}", kind=None, name="Simulated chip", vendor="mxn", memory_bytes=1 << 30, cores=1)
     settings = LoadSettings(options=tuple((key, str(value)) for key, value in options.items()))
-    return DeploymentSpec(name=name, model=model, backend="fake", chips=[chip], settings=settings)
+    return DeploymentSpec.single(name=name, model=model, backend="fake", chips=[chip], settings=settings)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from mxn.core.model import Model
-from mxn.fleet.deployment import DeploymentSpec
-from mxn.fleet.replica import SequenceStream
+from mxn.fleet.spec import DeploymentSpec
+from mxn.fleet.stream import SequenceStream
 from mxn.server.settings import ServerSettings
 
 from .conftest import Running, running_server, spec_of

@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from mxn.backends.fake import FAKE_DIMENSIONS, fake_vector
-from mxn.core.model import LoadSettings, Model
-from mxn.fleet.deployment import DeploymentSpec
+from mxn.core.model import Model
+from mxn.fleet.spec import DeploymentSpec
 
 from .conftest import Running, running_server, spec_of
 
@@ -154,7 +154,9 @@ def test_a_full_line_is_refused_and_a_request_that_has_begun_goes_on(
     fake_model: Model, start_server: Callable[..., Running]
 ) -> None:
     spec = embedding_spec(fake_model, step_ms=200)
-    spec = replace(spec, max_queue=1, settings=LoadSettings(options=spec.settings.options, max_num_seqs=1))
+    [placement] = spec.placements
+    one_at_a_time = replace(placement, settings=replace(placement.settings, max_num_seqs=1))
+    spec = replace(spec, max_queue=1, placements=[one_at_a_time])
     server = start_server(spec)
     bodies = [{"model": "fake-embedder", "input": [[i]] * 4} for i in range(4)]
     codes: list[int] = []

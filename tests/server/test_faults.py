@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from mxn.core.request import FinishReason, SequenceOutput, TokenLogprob
-from mxn.fleet.deployment import DeploymentSpec
+from mxn.fleet.spec import DeploymentSpec
 from mxn.server.settings import ServerSettings
 
 from .conftest import Running

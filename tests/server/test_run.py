@@ -28,7 +28,7 @@ import asyncio, json, sys
 import msgspec
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
-from mxn.fleet.deployment import DeploymentSpec
+from mxn.fleet.spec import DeploymentSpec
 from mxn.fleet.fleet import Fleet
 from mxn.server.app import build_app
 from mxn.server.run import serve
@@ -38,7 +38,7 @@ async def main():
     model = msgspec.json.decode(sys.argv[1], type=Model)
     chip = Chip(uid="fake-0", kind=None, name="Simulated chip", vendor="mxn", memory_bytes=1 << 30, cores=1)
     settings = LoadSettings(options=(("step_ms", "10"),))
-    fleet = Fleet([DeploymentSpec(name="m", model=model, backend="fake", chips=[chip], settings=settings)])
+    fleet = Fleet([DeploymentSpec.single(name="m", model=model, backend="fake", chips=[chip], settings=settings)])
     await fleet.start()
     app = build_app(fleet, ServerSettings(drain_s=float(sys.argv[2])))
     code = await serve(app, port=0, on_started=lambda url: print(url, flush=True))

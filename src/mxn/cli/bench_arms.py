@@ -73,7 +73,7 @@ def in_process_arms(
                 prepared.backend,
                 prepared.chip,
                 prepared.spec.model,
-                prepared.spec.settings,
+                prepared.spec.placements[0].settings,
                 label=label if len(quantisations) == 1 else f"{label} {quantisation}",
                 progress=phases,
             )

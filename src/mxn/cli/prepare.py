@@ -15,7 +15,7 @@ from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, ModelSpec
 from mxn.energy.reader import PowerReader
 from mxn.errors import BackendError, ConfigError
-from mxn.fleet.deployment import DeploymentSpec
+from mxn.fleet.spec import DeploymentSpec
 
 PREFERENCE = ("cuda", "rocm", "cpu", "onnx")
 """Backends that "auto" tries first, in this order; others follow by name."""
@@ -48,7 +48,7 @@ def prepare(config: DeploymentConfig, progress: Callable[[str, float, str], None
     settings = config.load_settings()
     backend, chip, why = choose(config.backend, model.spec, settings)
     name = config.name or model.name
-    spec = DeploymentSpec(
+    spec = DeploymentSpec.single(
         name=name,
         model=replace(model, name=name),
         backend=backend.name,

@@ -18,8 +18,9 @@ from mxn.core.model import LoadSettings, Model
 from mxn.core.request import FinishReason, SamplingParams, SequenceOutput, SequenceRequest, TokenLogprob
 from mxn.engine.messages import Load, ReplicaInfo
 from mxn.errors import BackendError, MxnError, UnsupportedModelError
-from mxn.fleet.launchers.local import LocalProcess
-from mxn.fleet.replica import Replica, SequenceStream
+from mxn.fleet.launchers.local import launch
+from mxn.fleet.replica import Replica, ReplicaLink
+from mxn.fleet.stream import SequenceStream
 
 USUAL = LoadSettings(kv_bytes=2**20, max_num_seqs=16, max_step_tokens=48, context_length=512)
 """Small steps, so that prompts are computed in chunks beside sequences that decode."""
@@ -31,8 +32,8 @@ PRECISE_FIRST = ("fp32", "fp16", "bf16", "int8", "int4")
 class WatchedReplica(Replica):
     """A replica that counts how often each sequence is said to have ended; callers see only the first time."""
 
-    def __init__(self, child: LocalProcess) -> None:
-        super().__init__(child)
+    def __init__(self, link: ReplicaLink) -> None:
+        super().__init__(link)
         self.num_ends: Counter[int] = Counter()
 
     @property
@@ -176,7 +177,7 @@ class Subject:
     async def _start(self, model: Model, settings: LoadSettings) -> WatchedReplica:
         load = Load(backend=self.backend.name, model=model, settings=settings, chips=[self.chip], max_waiting=64)
         try:
-            return await WatchedReplica.start(load, lambda phase, fraction: None)
+            return await WatchedReplica.start(await launch(), load, lambda phase, fraction: None)
         except MxnError as error:
             raise CheckFailed(f"{model.name} could not be loaded: {error}") from error
 

@@ -108,8 +108,14 @@ class StepDone(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
+class ChipLost(msgspec.Struct, tag=True):
+    """The chip is gone; the replica ends after this, its last message."""
+
+    message: str
+
+
 ToReplica = Load | Start | Abort | ResetPrefixCache | Stop
-ToGateway = LoadPhase | Ready | LoadFailed | StepDone
+ToGateway = LoadPhase | Ready | LoadFailed | StepDone | ChipLost
 ReplicaState = Literal["starting", "loading", "ready", "draining", "failed", "stopped"]
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from mxn.backends.base import Backend, Embedder, Executor
@@ -28,6 +29,7 @@ from mxn.engine.embedding import BatchLimits, EmbeddingEngine
 from mxn.engine.engine import Engine, EngineSettings
 from mxn.engine.messages import (
     Abort,
+    ChipLost,
     Load,
     LoadFailed,
     LoadPhase,
@@ -112,6 +114,8 @@ def run(channel: ReplicaChannel) -> int:
         return EXIT_SERVER_DIED
     except ChipError as error:
         log.critical("chip lost: %s", error)
+        with suppress(OSError):  # the gateway may be gone too
+            channel.send(ChipLost(f"chip lost: {error}"))
         return EXIT_CHIP_LOST
     except (ChannelError, OSError) as error:
         log.error("connection to the gateway lost: %s", error)

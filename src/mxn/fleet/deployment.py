@@ -1,71 +1,58 @@
-"""One deployment: a model, how it is to be served, and the replica that does so, restarted when it dies."""
+"""One deployment: a model behind one `submit`, whatever replicas serve it."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 from mxn.core.chip import Chip
-from mxn.core.model import LoadSettings, Model
+from mxn.core.model import Model
 from mxn.core.request import SamplingParams, SequenceOutput, SequenceRequest
-from mxn.engine.messages import Load, ReplicaInfo, ReplicaState
+from mxn.engine.messages import ReplicaInfo, ReplicaState
 from mxn.engine.stats import EngineStats
 from mxn.engine.tokenizer import Tokenizer
-from mxn.errors import BackendError, MxnError, OverloadedError, ReplicaDiedError, RequestError, UnavailableError
-from mxn.fleet.replica import Replica, SequenceStream
+from mxn.errors import BackendError, OverloadedError, ReplicaDiedError, RequestError, UnavailableError
+from mxn.fleet.keeper import Keeper
+from mxn.fleet.launchers.base import Launcher
+from mxn.fleet.launchers.local import LocalLauncher
+from mxn.fleet.replica import RunningReplica
+from mxn.fleet.spec import DeploymentSpec, PlacementSpec
+from mxn.fleet.stream import SequenceStream
 
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeploymentSpec:
-    """What a deployment should be.
-
-    max_queue: sequences that may wait beside those that run; more are refused with 429.
-    stall_s: a replica that holds work and reports nothing for so long is no longer ready.
-    chip_share: the share of its chips' energy that it answers for, when other deployments run on them too.
-    restart_delays_s: waits before each restart in a row; after the last one the deployment stays failed.
-    """
-
-    name: str
-    model: Model
-    backend: str
-    chips: Sequence[Chip]
-    settings: LoadSettings = field(default_factory=LoadSettings)
-    max_queue: int = 256
-    stall_s: float = 60.0
-    restart_delays_s: tuple[float, ...] = (0.0, 1.0, 5.0, 20.0)
-    environment: dict[str, str] = field(default_factory=dict)
-    chip_share: float = 1.0
+_BEST_FIRST: tuple[ReplicaState, ...] = ("ready", "loading", "starting", "failed", "draining", "stopped")
 
 
 class Deployment:
-    """Keeps one replica running and lets sequences in.
+    """A model's replicas, and sequences on their way to them.
 
-    state: starting -> loading -> ready -> (draining -> stopped | loading again after a crash | failed).
-    reason: why it is not ready, in a person's words. load_phase, load_fraction: progress while loading.
+    Replicas come and go by `add` and `remove`; `spec.placements` says which there should be, and whoever starts the
+    deployment adds them. What is asked of "the deployment" (info, stats, limits) is made of the replicas that are
+    ready.
+    on_chip_lost: passed on to every keeper.
     """
 
-    def __init__(self, spec: DeploymentSpec, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        spec: DeploymentSpec,
+        tokenizer: Tokenizer,
+        launcher: Launcher | None = None,
+        *,
+        on_chip_lost: Callable[[PlacementSpec, str], None] = lambda placement, reason: None,
+    ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
-        self.state: ReplicaState = "starting"
-        self.reason = ""
-        self.load_phase = ""
-        self.load_fraction = 0.0
-        self.num_restarts = 0
         self.created_s = int(time.time())
-        self._replica: Replica | None = None
-        self._keeper: asyncio.Task[None] | None = None
-        self._changed = asyncio.Condition()
+        self._launcher = launcher or LocalLauncher()
+        self._on_chip_lost = on_chip_lost
+        self._keepers: dict[str, Keeper] = {}
+        self._ending: ReplicaState | None = None
+        self._num_past_restarts = 0
+        self._changed = asyncio.Event()
         self._seq_ids = itertools.count(1)
-        self._finish_times: deque[float] = deque(maxlen=64)
 
     @property
     def name(self) -> str:
@@ -76,47 +63,100 @@ class Deployment:
         return self.spec.model
 
     @property
-    def settings(self) -> LoadSettings:
-        return self.spec.settings
+    def keepers(self) -> list[Keeper]:
+        """Those of the placements that were added and not removed, in order."""
+        return list(self._keepers.values())
+
+    # ------------------------------------------------------------------ all replicas as one
 
     @property
-    def backend(self) -> str:
-        return self.spec.backend
+    def state(self) -> ReplicaState:
+        """The best state that a replica is in; what comes first in ready, loading, starting, failed."""
+        if self._ending is not None:
+            return self._ending
+        states = {keeper.state for keeper in self._keepers.values()}
+        return next((state for state in _BEST_FIRST if state in states), "starting")
 
     @property
-    def chips(self) -> list[Chip]:
-        return list(self.spec.chips)
+    def reason(self) -> str:
+        """Why it is not ready, in a person's words."""
+        keeper = self._telling
+        return keeper.reason if keeper is not None else ""
 
     @property
-    def info(self) -> ReplicaInfo | None:
-        """What the replica runs; None until it has been ready once."""
-        return self._replica.info if self._replica else None
+    def load_phase(self) -> str:
+        """What the replica that is furthest is loading."""
+        keeper = self._telling
+        return keeper.load_phase if keeper is not None else ""
 
     @property
-    def stats(self) -> EngineStats:
-        """The engine's gauges and counters after its newest step."""
-        return self._replica.stats if self._replica else EngineStats()
+    def load_fraction(self) -> float:
+        """How much of `load_phase` is done."""
+        keeper = self._telling
+        return keeper.load_fraction if keeper is not None else 0.0
 
     @property
-    def is_stalled(self) -> bool:
-        """True when the replica holds work and has reported no step for `stall_s`."""
-        replica = self._replica
-        if replica is None or not replica.num_streams:
-            return False
-        return time.monotonic() - replica.last_message_s > self.spec.stall_s
+    def num_restarts(self) -> int:
+        return self._num_past_restarts + sum(keeper.num_restarts for keeper in self._keepers.values())
 
     @property
     def is_ready(self) -> bool:
-        """True when requests are served: loaded, not draining, and idle or making progress."""
-        replica = self._replica
-        return self.state == "ready" and replica is not None and not replica.ended.is_set() and not self.is_stalled
+        """True when requests are served: a replica is ready."""
+        return self._ending is None and any(keeper.is_ready for keeper in self._keepers.values())
+
+    @property
+    def is_stalled(self) -> bool:
+        """True when no replica is ready and one holds work without a step."""
+        return not self.is_ready and any(keeper.is_stalled for keeper in self._keepers.values())
+
+    @property
+    def infos(self) -> list[ReplicaInfo]:
+        """What the ready replicas run and how; of those that were ready last when none is."""
+        ready = [replica.info for replica in self._ready_replicas if replica.info is not None]
+        return ready or [k.replica.info for k in self._keepers.values() if k.replica and k.replica.info]
+
+    @property
+    def info(self) -> ReplicaInfo | None:
+        """The first of `infos`; None until a replica has been ready."""
+        infos = self.infos
+        return infos[0] if infos else None
+
+    @property
+    def stats(self) -> EngineStats:
+        """The sum of the engines' gauges and counters after their newest steps."""
+        return EngineStats.total([keeper.replica.stats for keeper in self._keepers.values() if keeper.replica])
+
+    @property
+    def backend(self) -> str:
+        """The backends of its replicas, each named once."""
+        return "+".join(dict.fromkeys(placement.backend for placement in self._placements))
+
+    @property
+    def chips(self) -> list[Chip]:
+        """The chips of its replicas, each once."""
+        return list({chip.uid: chip for placement in self._placements for chip in placement.chips}.values())
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that may take part in steps at once, on the ready replicas together."""
+        ready = [keeper for keeper in self._keepers.values() if keeper.is_ready]
+        return sum(keeper.placement.settings.max_num_seqs for keeper in ready)
 
     @property
     def max_context(self) -> int:
-        """Prompt + output tokens a sequence may have."""
-        if self.info is not None:
-            return self.info.max_context
-        return min(self.settings.context_length or self.model.spec.max_context, self.model.spec.max_context)
+        """Prompt + output tokens a sequence may have: what every replica can hold."""
+        limit = self.model.spec.max_context
+        infos = self.infos
+        if infos:
+            return min(info.max_context for info in infos)
+        return min((p.settings.context_length or limit for p in self._placements), default=limit)
+
+    @property
+    def refused(self) -> list[str]:
+        """Request fields that a replica cannot serve, by the names of the API."""
+        return sorted({field for info in self.infos for field in info.refused})
+
+    # ------------------------------------------------------------------ sequences
 
     def submit(
         self, prompt_token_ids: list[int], sampling: SamplingParams, *, cache_salt: str = "", priority: int = 0
@@ -172,110 +212,95 @@ class Deployment:
 
     async def reset_prefix_cache(self) -> None:
         """Forgets cached prefixes, for measurements without reuse."""
-        if self._replica is not None:
-            self._replica.reset_prefix_cache()
+        for keeper in self._keepers.values():
+            if keeper.replica is not None:
+                keeper.replica.reset_prefix_cache()
 
     # ------------------------------------------------------------------ life
 
-    async def start(self) -> None:
-        """Starts loading in the background; `wait_until_settled` tells how it went."""
-        self._keeper = asyncio.create_task(self._keep_running())
+    def add(self, placement: PlacementSpec) -> Keeper:
+        """Begins to run a replica there; `Keeper.wait_until_settled` tells how it went."""
+        if placement.id in self._keepers:
+            raise ValueError(f"{placement.id} is there already")
+        self._ending = None
+        keeper = Keeper(
+            self.spec, placement, self._launcher, on_change=self._on_change, on_chip_lost=self._on_chip_lost
+        )
+        self._keepers[placement.id] = keeper
+        keeper.start()
+        return keeper
+
+    async def remove(self, placement_id: str, drain_s: float) -> None:
+        """Drains a replica for at most `drain_s` seconds and ends it; the others serve on."""
+        keeper = self._keepers[placement_id]
+        await keeper.stop(drain_s)
+        self._keepers.pop(placement_id, None)
+        self._num_past_restarts += keeper.num_restarts
+        self._on_change()
 
     async def wait_until_settled(self) -> None:
-        """Returns when the deployment is ready. Raises: BackendError with the reason when it failed."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.state in ("ready", "failed", "stopped"))
-        if self.state != "ready":
+        """Returns when a replica is ready. Raises: BackendError with the reason when none is on the way to be."""
+        while not self.is_ready and not all(keeper.is_settled for keeper in self._keepers.values()):
+            await self._changed.wait()
+        if not self.is_ready:
             raise BackendError(self.reason or f'deployment "{self.name}" is {self.state}')
 
-    async def drain(self) -> None:
+    def drain(self) -> None:
         """Takes no new sequences from now on."""
-        if self.state != "stopped":
-            await self._set_state("draining", "it is shutting down")
+        if self._ending is None:
+            self._ending = "draining"
+            for keeper in self._keepers.values():
+                keeper.drain()
 
     async def stop(self, drain_s: float) -> None:
-        """Drains for at most `drain_s` seconds and ends the replica."""
-        was_ready = self.state in ("ready", "draining")
-        await self.drain()
-        if self._replica is not None and was_ready:
-            await self._replica.stop(drain_s)
-        if self._keeper is not None:
-            self._keeper.cancel()  # a replica that is still loading is killed by this
-            await asyncio.gather(self._keeper, return_exceptions=True)
-        await self._set_state("stopped", "it was stopped")
-
-    async def _keep_running(self) -> None:
-        """Runs replicas one after another until told to stop or until too many in a row have died young."""
-        has_been_ready, num_failures = False, 0
-        while True:
-            started_s = time.monotonic()
-            try:
-                await self._run_once()
-                has_been_ready = True
-            except MxnError as error:
-                self.reason = str(error)
-            if self.state == "draining":
-                return
-            log.error("deployment %s: %s", self.name, self.reason)
-            if time.monotonic() - started_s > self.spec.stall_s:
-                num_failures = 0
-            if not has_been_ready or num_failures >= len(self.spec.restart_delays_s):
-                await self._set_state("failed", self.reason)
-                return
-            await self._set_state("starting", self.reason)
-            await asyncio.sleep(self.spec.restart_delays_s[num_failures])
-            num_failures += 1
-            self.num_restarts += 1
-
-    async def _run_once(self) -> None:
-        """Starts a replica and returns when it has ended. Raises: MxnError when it could not be started."""
-        await self._set_state("loading", self.reason)
-        load = Load(
-            backend=self.backend,
-            model=self.model,
-            settings=self.settings,
-            chips=list(self.spec.chips),
-            max_waiting=self.spec.max_queue,
-            chip_share=self.spec.chip_share,
-        )
-        started_s = time.monotonic()
-        self._replica = await Replica.start(load, self._on_phase, self.spec.environment)
-        log.info("deployment %s is ready after %.1f s", self.name, time.monotonic() - started_s)
-        await self._set_state("ready", "")
-        await self._replica.ended.wait()
-        self.reason = self._replica.end_reason
-        await self._replica.kill()
+        """Drains for at most `drain_s` seconds and ends all replicas. `add` begins again."""
+        self.drain()
+        await asyncio.gather(*(keeper.stop(drain_s) for keeper in self._keepers.values()))
+        self._ending = "stopped"
 
     def _begin(self, request: SequenceRequest) -> SequenceStream:
-        replica = self._replica
-        if not self.is_ready or replica is None:
+        keeper = min(
+            (keeper for keeper in self._keepers.values() if keeper.is_ready and self._ending is None),
+            key=lambda keeper: keeper.replica.num_streams if keeper.replica else 0,
+            default=None,
+        )
+        if keeper is None or keeper.replica is None:
             why = self.reason or ("the replica is stalled" if self.is_stalled else f"it is {self.state}")
             raise UnavailableError(f'model "{self.name}" cannot serve now: {why}')
-        limit = self.settings.max_num_seqs + self.spec.max_queue
-        if replica.num_streams >= limit:
+        num_streams = sum(replica.num_streams for replica in self._ready_replicas)
+        limit = self.max_num_seqs + self.spec.max_queue
+        if num_streams >= limit:
             raise OverloadedError(
-                f'model "{self.name}" has {replica.num_streams} sequences in line, the limit is {limit}; retry later',
-                retry_after_s=self._retry_after_s(replica),
+                f'model "{self.name}" has {num_streams} sequences in line, the limit is {limit}; retry later',
+                retry_after_s=self._retry_after_s(num_streams),
             )
         try:
-            return replica.submit(request)
+            return keeper.replica.submit(request)
         except ReplicaDiedError as error:
             raise UnavailableError(f'model "{self.name}" cannot serve now: {error}') from error
 
-    def _on_phase(self, phase: str, fraction: float) -> None:
-        self.load_phase, self.load_fraction = phase, fraction
+    @property
+    def _placements(self) -> Sequence[PlacementSpec]:
+        return [keeper.placement for keeper in self._keepers.values()] or self.spec.placements
 
-    async def _set_state(self, state: ReplicaState, reason: str) -> None:
-        async with self._changed:
-            self.state, self.reason = state, reason
-            self._changed.notify_all()
+    @property
+    def _ready_replicas(self) -> list[RunningReplica]:
+        return [keeper.replica for keeper in self._keepers.values() if keeper.is_ready and keeper.replica]
 
-    def _retry_after_s(self, replica: Replica) -> float:
-        """Seconds until about half of the line has been served, judged by what the engine finished so far."""
-        stats = replica.stats
-        if not stats.num_finished or not stats.busy_s:
-            return 1.0
-        return min(60.0, math.ceil(0.5 * replica.num_streams * stats.busy_s / stats.num_finished))
+    @property
+    def _telling(self) -> Keeper | None:
+        """The keeper that speaks for all: the one that is furthest."""
+        return min(self._keepers.values(), key=lambda keeper: _BEST_FIRST.index(keeper.state), default=None)
+
+    def _on_change(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _retry_after_s(self, num_streams: int) -> float:
+        """Seconds until about half of the line has been served, judged by what the engines finished so far."""
+        stats = [replica.stats for replica in self._ready_replicas]
+        rate = sum(s.num_finished / s.busy_s for s in stats if s.busy_s)
+        return min(60.0, math.ceil(0.5 * num_streams / rate)) if rate else 1.0
 
 
 async def _vector_of(stream: SequenceStream, index: int) -> SequenceOutput:

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from mxn.engine.tokenizer import Tokenizer
 from mxn.errors import ConfigError
-from mxn.fleet.deployment import Deployment, DeploymentSpec
+from mxn.fleet.deployment import Deployment
+from mxn.fleet.spec import DeploymentSpec, PlacementSpec
 
 
 class Fleet:
@@ -20,8 +21,11 @@ class Fleet:
         if len(set(names)) != len(names):
             doubled = sorted({name for name in names if names.count(name) > 1})
             raise ConfigError(f"deployment names must differ; given more than once: {', '.join(doubled)}")
-        on_chip = Counter(chip.uid for spec in specs for chip in spec.chips)
-        shared = [replace(spec, chip_share=1 / max(on_chip[chip.uid] for chip in spec.chips)) for spec in specs]
+        on_chip = Counter(chip.uid for spec in specs for placement in spec.placements for chip in placement.chips)
+        shared = [
+            replace(spec, placements=tuple(_with_share(placement, on_chip) for placement in spec.placements))
+            for spec in specs
+        ]
         self._deployments = {spec.name: Deployment(spec, Tokenizer.load(spec.model.folder)) for spec in shared}
 
     @property
@@ -34,21 +38,29 @@ class Fleet:
         return self._deployments.get(name)
 
     async def start(self) -> None:
-        """Starts all deployments, those that share a chip one after another. Returns when each is ready or failed."""
-        by_chip: dict[tuple[str, ...], list[Deployment]] = {}
+        """Starts all replicas, those that share a chip one after another. Returns when each is ready or failed."""
+        by_chip: dict[tuple[str, ...], list[tuple[Deployment, PlacementSpec]]] = {}
         for deployment in self.deployments:
-            by_chip.setdefault(tuple(sorted(chip.uid for chip in deployment.chips)), []).append(deployment)
-        await asyncio.gather(*(self._start_in_order(group) for group in by_chip.values()))
+            for placement in deployment.spec.placements:
+                chips = tuple(sorted(chip.uid for chip in placement.chips))
+                by_chip.setdefault(chips, []).append((deployment, placement))
+        await asyncio.gather(*(_start_in_order(group) for group in by_chip.values()))
 
     async def drain(self) -> None:
         """Takes no new sequences anywhere."""
-        await asyncio.gather(*(d.drain() for d in self.deployments))
+        for deployment in self.deployments:
+            deployment.drain()
 
     async def stop(self, drain_s: float = 30.0) -> None:
         """Lets what runs finish for at most `drain_s` seconds, then ends all replicas."""
         await asyncio.gather(*(d.stop(drain_s) for d in self.deployments))
 
-    async def _start_in_order(self, deployments: list[Deployment]) -> None:
-        for deployment in deployments:
-            await deployment.start()
-            await asyncio.gather(deployment.wait_until_settled(), return_exceptions=True)
+
+async def _start_in_order(placements: list[tuple[Deployment, PlacementSpec]]) -> None:
+    for deployment, placement in placements:
+        keeper = deployment.add(placement)
+        await asyncio.gather(keeper.wait_until_settled(), return_exceptions=True)
+
+
+def _with_share(placement: PlacementSpec, on_chip: Counter[str]) -> PlacementSpec:
+    return replace(placement, chip_share=1 / max(on_chip[chip.uid] for chip in placement.chips))

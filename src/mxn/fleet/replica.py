@@ -1,4 +1,4 @@
-"""The gateway's side of one replica process: its life, and the streams of the sequences it runs."""
+"""The gateway's side of one replica: its life, and the streams of the sequences it runs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from typing import Self
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 from mxn.core.request import SequenceOutput, SequenceRequest
 from mxn.engine.channel import ChannelError, pack, receive_from_replica
 from mxn.engine.messages import (
     Abort,
+    ChipLost,
     Load,
     LoadFailed,
     LoadPhase,
@@ -24,8 +26,8 @@ from mxn.engine.messages import (
     Stop,
 )
 from mxn.engine.stats import EngineStats
-from mxn.errors import BackendError, MxnError, ReplicaDiedError
-from mxn.fleet.launchers.local import LocalProcess, launch
+from mxn.errors import BackendError, ReplicaDiedError
+from mxn.fleet.stream import SequenceStream
 
 log = logging.getLogger(__name__)
 
@@ -33,104 +35,102 @@ _LAST_WORDS = 20
 """Lines of the child's stderr that are kept to explain its end."""
 
 
-class SequenceStream:
-    """The outputs of one sequence, to be iterated once.
+class RunningReplica(Protocol):
+    """A replica that has loaded its model, wherever it runs. Launchers make them; keepers hold them.
 
-    Outputs that arrive faster than they are taken are merged into one, so a slow reader holds at most its own tokens.
+    info: what it runs and how; never None once a launcher has returned it.
+    stats: the engine's gauges and counters after its newest step.
+    last_message_s: when it last said anything, on this process's monotonic clock.
+    last_step_s: when it last reported a step, or was given work while it had none.
+    ended, end_reason: set once, when it can serve no more, whatever the cause; the reason is fit for a person.
+    has_lost_chip: with `ended`: it said that its chip is gone.
     """
 
-    def __init__(self, seq_id: int, abort: Callable[[int], bool]) -> None:
-        self.seq_id = seq_id
-        self.num_cached_tokens = 0
-        self._abort = abort
-        self._pending: SequenceOutput | None = None
-        self._error: MxnError | None = None
-        self._is_closed = False
-        self._waiter: asyncio.Future[None] | None = None
-        self._joules: asyncio.Future[float | None] | None = None
+    info: ReplicaInfo | None
+    stats: EngineStats
+    last_message_s: float
+    last_step_s: float
+    ended: asyncio.Event
+    end_reason: str
+    has_lost_chip: bool
 
-    def __aiter__(self) -> AsyncIterator[SequenceOutput]:
-        return self
+    @property
+    def num_streams(self) -> int:
+        """Sequences that were submitted and have not ended."""
+        ...
 
-    async def __anext__(self) -> SequenceOutput:
-        """The outputs since the last call, as one.
+    def submit(self, request: SequenceRequest) -> SequenceStream:
+        """Begins a sequence. Never waits. Every stream ends: with a finish reason, or with ReplicaDiedError.
 
-        Raises: ReplicaDiedError when the replica process ended first.
+        Raises: ReplicaDiedError when the replica has ended.
         """
-        while self._pending is None:
-            if self._error is not None:
-                raise self._error
-            if self._is_closed:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        output, self._pending = self._pending, None
-        if output.finish_reason is not None:
-            self._is_closed = True
-        return output
+        ...
 
-    def abort(self) -> None:
-        """Ends the sequence if it has not ended; iteration stops, blocks are given back. Safe to call at any time."""
-        if not self._is_closed:
-            pending, self._pending = self._pending, None
-            self._is_closed = True
-            self._joules = asyncio.get_running_loop().create_future()
-            if not self._abort(self.seq_id):
-                self._joules.set_result(pending.energy_j if pending is not None else None)
-            self._wake()
+    def reset_prefix_cache(self) -> None:
+        """Asks the engine to forget cached prefixes."""
+        ...
 
-    async def aborted_joules(self) -> float | None:
-        """Joules of a sequence that was aborted, once the engine has ended it; None when they are not known."""
-        return None if self._joules is None else await asyncio.shield(self._joules)
+    async def stop(self, timeout_s: float) -> None:
+        """Lets running sequences finish, then ends the replica; kills it after `timeout_s`. May be called twice."""
+        ...
 
-    def push(self, output: SequenceOutput) -> None:
-        """Adds an output (called by the replica's receiver)."""
-        if self._joules is not None:
-            if output.finish_reason is not None and not self._joules.done():
-                self._joules.set_result(output.energy_j)
-        elif not self._is_closed:
-            self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-            self._pending = output if self._pending is None else _merge(self._pending, output)
-            self._wake()
+    async def kill(self) -> None:
+        """Ends the replica now and waits until it is gone. May be called twice."""
+        ...
 
-    def fail(self, error: MxnError) -> None:
-        """Ends iteration with an error after what is pending (called by the replica's receiver)."""
-        self._error = error
-        if self._joules is not None and not self._joules.done():
-            self._joules.set_result(None)
-        self._wake()
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+class ReplicaProcess(Protocol):
+    """A replica's process as far as the gateway deals with it; `asyncio.subprocess.Process` is one.
+
+    returncode: None while it runs; -N after signal N.
+    stderr: its log, which must be read; None when the log goes elsewhere.
+    """
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    @property
+    def stderr(self) -> asyncio.StreamReader | None: ...
+
+    def kill(self) -> None: ...
+
+    async def wait(self) -> int | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaLink:
+    """A replica process and the gateway's end of its connection."""
+
+    process: ReplicaProcess
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
 
 
 class Replica:
-    """One replica process. Created by `start`; ends by `stop`, by itself, or with this process."""
+    """A `RunningReplica` that is a process at the other end of a link. Made by `start`."""
 
-    def __init__(self, child: LocalProcess) -> None:
+    def __init__(self, link: ReplicaLink) -> None:
         self.info: ReplicaInfo | None = None
         self.stats = EngineStats()
-        self.last_message_s = time.monotonic()
+        self.last_message_s = self.last_step_s = time.monotonic()
         self.ended = asyncio.Event()
         self.end_reason = ""
-        self._child = child
+        self.has_lost_chip = False
+        self._link = link
         self._streams: dict[int, SequenceStream] = {}
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
         self._tasks = [asyncio.create_task(self._read_stderr())]
 
     @classmethod
-    async def start(
-        cls, load: Load, on_phase: Callable[[str, float], None], environment: dict[str, str] | None = None
-    ) -> Self:
-        """Starts a process, lets it load, and returns when it is ready.
+    async def start(cls, link: ReplicaLink, load: Load, on_phase: Callable[[str, float], None]) -> Self:
+        """Lets a process that was just started load a model, and returns when it is ready.
 
         Raises: MxnError with the cause when loading fails; the process has ended then.
         """
-        replica = cls(await launch(environment))
+        replica = cls(link)
         try:
             replica._send(load)
             replica.info = await replica._wait_until_ready(on_phase)
@@ -150,7 +150,7 @@ class Replica:
         if self.ended.is_set():
             raise ReplicaDiedError(self.end_reason)
         if not self._streams:
-            self.last_message_s = time.monotonic()  # idle until now: progress is expected from here on
+            self.last_step_s = time.monotonic()  # idle until now: progress is expected from here on
         stream = SequenceStream(request.seq_id, self._abort)
         self._streams[request.seq_id] = stream
         self._send(Start(request))
@@ -167,15 +167,15 @@ class Replica:
             try:
                 await asyncio.wait_for(self.ended.wait(), timeout_s)
             except TimeoutError:
-                log.warning("replica %d did not stop within %.0f s and is killed", self._child.process.pid, timeout_s)
+                log.warning("replica %d did not stop within %.0f s and is killed", self._link.process.pid, timeout_s)
         await self.kill()
 
     async def kill(self) -> None:
         """Ends the process now."""
-        if self._child.process.returncode is None:
-            self._child.process.kill()
-        await self._child.process.wait()
-        self._child.writer.close()
+        if self._link.process.returncode is None:
+            self._link.process.kill()
+        await self._link.process.wait()
+        self._link.writer.close()
         for task in self._tasks:
             await asyncio.wait([task], timeout=1.0)
             task.cancel()
@@ -184,8 +184,8 @@ class Replica:
     # ------------------------------------------------------------------ messages
 
     def _send(self, message: Load | Start | Abort | ResetPrefixCache | Stop) -> None:
-        if not self._child.writer.is_closing():
-            self._child.writer.write(pack(message))
+        if not self._link.writer.is_closing():
+            self._link.writer.write(pack(message))
 
     def _abort(self, seq_id: int) -> bool:
         """False when the sequence has ended already. An aborted one stays known until its last output."""
@@ -196,7 +196,7 @@ class Replica:
 
     async def _wait_until_ready(self, on_phase: Callable[[str, float], None]) -> ReplicaInfo:
         while True:
-            message = await receive_from_replica(self._child.reader)
+            message = await receive_from_replica(self._link.reader)
             if isinstance(message, LoadPhase):
                 on_phase(message.phase, message.fraction)
             elif isinstance(message, Ready):
@@ -207,23 +207,27 @@ class Replica:
             elif isinstance(message, LoadFailed):
                 raise BackendError(message.message)
             elif message is None:
-                await self._child.process.wait()
+                await self._link.process.wait()
                 await asyncio.wait(self._tasks, timeout=1.0)
                 raise BackendError(f"the replica process ended while loading ({self._epitaph()})")
 
     async def _receive(self) -> None:
         reason = ""
         try:
-            while (message := await receive_from_replica(self._child.reader)) is not None:
+            while (message := await receive_from_replica(self._link.reader)) is not None:
                 self.last_message_s = time.monotonic()
                 if isinstance(message, StepDone):
+                    self.last_step_s = self.last_message_s
                     self.stats = message.stats
                     for output in message.outputs:
                         self._deliver(output)
+                elif isinstance(message, ChipLost):
+                    self.has_lost_chip = True
+                    reason = message.message
         except ChannelError as error:
             reason = str(error)
-            self._child.process.kill()
-        await self._child.process.wait()
+            self._link.process.kill()
+        await self._link.process.wait()
         await asyncio.wait(self._tasks[:1], timeout=1.0)
         self._end(reason or f"the replica process ended ({self._epitaph()})")
 
@@ -234,13 +238,13 @@ class Replica:
             stream.push(output)
 
     async def _read_stderr(self) -> None:
-        stderr = self._child.process.stderr
+        stderr = self._link.process.stderr
         if stderr is None:
             return
         while line := await _read_line(stderr):
             text = line.decode(errors="replace").rstrip()
             self._last_words.append(text)
-            log.info("replica %d: %s", self._child.process.pid, text)
+            log.info("replica %d: %s", self._link.process.pid, text)
 
     def _end(self, reason: str) -> None:
         if self.ended.is_set():
@@ -252,7 +256,7 @@ class Replica:
             stream.fail(ReplicaDiedError(reason))
 
     def _epitaph(self) -> str:
-        code = self._child.process.returncode
+        code = self._link.process.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         words = self._last_words[-1] if self._last_words else "it said nothing"
         return f"{how}: {words}"
@@ -266,23 +270,3 @@ async def _read_line(stderr: asyncio.StreamReader) -> bytes:
         return error.partial
     except asyncio.LimitOverrunError as error:
         return await stderr.readexactly(error.consumed)
-
-
-def _merge(first: SequenceOutput, second: SequenceOutput) -> SequenceOutput:
-    return SequenceOutput(
-        seq_id=first.seq_id,
-        token_ids=first.token_ids + second.token_ids,
-        text=None if first.text is None and second.text is None else (first.text or "") + (second.text or ""),
-        num_counted_tokens=(
-            None
-            if first.num_counted_tokens is None and second.num_counted_tokens is None
-            else first.num_tokens + second.num_tokens
-        ),
-        logprobs=first.logprobs + second.logprobs,
-        prompt_logprobs=first.prompt_logprobs or second.prompt_logprobs,
-        num_cached_tokens=max(first.num_cached_tokens, second.num_cached_tokens),
-        finish_reason=second.finish_reason,
-        error=second.error,
-        energy_j=second.energy_j,
-        vector=second.vector,
-    )

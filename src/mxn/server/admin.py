@@ -19,6 +19,7 @@ from mxn.server.sampling import check_prompt_ids
 
 if TYPE_CHECKING:
     from mxn.fleet.deployment import Deployment
+    from mxn.fleet.keeper import Keeper
 
 
 class AdminRoutes:
@@ -161,8 +162,24 @@ def _status(deployment: Deployment) -> dict[str, object]:
         "architecture": deployment.model.spec.architecture,
         "backend": deployment.backend,
         "chips": [{"uid": chip.uid, "kind": chip.kind, "name": chip.name} for chip in deployment.chips],
-        "settings": msgspec.to_builtins(deployment.settings),
         "max_context": deployment.max_context,
         "replica": msgspec.to_builtins(deployment.info) if deployment.info is not None else None,
         "stats": msgspec.to_builtins(deployment.stats),
+        "replicas": [_replica(keeper) for keeper in deployment.keepers],
+    }
+
+
+def _replica(keeper: Keeper) -> dict[str, object]:
+    replica, placement = keeper.replica, keeper.placement
+    return {
+        "id": keeper.id,
+        "state": keeper.state,
+        "is_ready": keeper.is_ready,
+        "reason": fit_to_show(keeper.reason),
+        "num_restarts": keeper.num_restarts,
+        "backend": placement.backend,
+        "chips": [chip.uid for chip in placement.chips],
+        "settings": msgspec.to_builtins(placement.settings),
+        "info": msgspec.to_builtins(replica.info) if replica is not None else None,
+        "stats": msgspec.to_builtins(replica.stats) if replica is not None else None,
     }

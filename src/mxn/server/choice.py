@@ -14,7 +14,7 @@ from mxn.server.errors import fit_to_show
 
 if TYPE_CHECKING:
     from mxn.engine.tokenizer import Tokenizer
-    from mxn.fleet.replica import SequenceStream
+    from mxn.fleet.stream import SequenceStream
     from mxn.server.openai import GenerationRequest
 
 _LOWEST_LOGPROB = -9999.0

@@ -42,7 +42,7 @@ class EmbeddingsEndpoint:
                 _check_dimensions(request, served.deployment)
                 texts = await _token_ids(request, served)
                 deployment = served.deployment
-                outputs = await deployment.embed(texts, max_open=deployment.settings.max_num_seqs)
+                outputs = await deployment.embed(texts, max_open=deployment.max_num_seqs)
                 num_tokens = sum(map(len, texts))
                 answer = {
                     "object": "list",

@@ -80,7 +80,7 @@ def too_long(found: str, deployment: Deployment, param: str) -> RequestError:
 
 def _check_served(request: GenerationRequest, deployment: Deployment) -> None:
     """Raises RequestError for a field that this deployment's backend cannot serve."""
-    for field in deployment.info.refused if deployment.info is not None else ():
+    for field in deployment.refused:
         is_echo = field == PROMPT_LOGPROBS
         if _num_logprobs(request)[1] is not None if is_echo else _is_used(request, field):
             what, param = ("echo with logprobs", "echo") if is_echo else (field, field)

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ import pytest
 from mxn.core.model import Model
 from mxn.core.request import FinishReason, SamplingParams, SequenceOutput, SequenceRequest
 from mxn.errors import ReplicaDiedError
-from mxn.fleet.deployment import Deployment, DeploymentSpec
+from mxn.fleet.deployment import Deployment
 from mxn.fleet.fleet import Fleet
-from mxn.fleet.replica import SequenceStream
+from mxn.fleet.spec import DeploymentSpec
+from mxn.fleet.stream import SequenceStream
 
 UPSTREAM = Path(__file__).with_name("upstream.py")
 IDS = "return_token_ids,return_tokens_as_token_ids,ignore_eos,stop_token_ids,top_k,min_p,repetition_penalty,min_tokens"
@@ -45,7 +45,7 @@ def serve(fake_deployment: Make) -> Make:
         given = {"command": command, "stop_timeout_s": 5, **(options or {})}
         if "url" in given:
             del given["command"]
-        return replace(fake_deployment(options=given, **fields), backend="server")
+        return fake_deployment(options=given, backend="server", **fields)
 
     return make
 
@@ -283,7 +283,7 @@ async def test_the_replicas_own_boundary_holds_whatever_the_server_would_do(serv
         assert sum(output.num_tokens for output in outputs) == 5
         [wrong] = await outputs_of(deployment.submit([1, 9999], plain()))
         assert "token ids in 0..258" in (wrong.error or "")
-        replica = deployment._replica
+        replica = deployment.keepers[0].replica
         assert replica is not None
         request = SequenceRequest(seq_id=10**6, prompt_token_ids=[1] * 20, sampling=plain())
         [long] = await outputs_of(replica.submit(request))
@@ -331,6 +331,8 @@ async def test_no_more_run_at_once_than_the_server_takes_and_the_urgent_go_first
         await asyncio.gather(first, *rest)
         assert order == [1, 4, 3, 2]
         assert deployment.stats.num_aborted == 1
+        assert deployment.stats.num_started == 4
+        assert deployment.stats.queue_s > 3 * 0.5  # three waited for most of a sequence of 100 tokens in 20 ms each
 
 
 async def test_stopping_lets_sequences_finish_and_leaves_no_process(serve: Make) -> None:
@@ -459,7 +461,7 @@ GATEWAY = """
 import asyncio, json, sys
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
-from mxn.fleet.deployment import DeploymentSpec
+from mxn.fleet.spec import DeploymentSpec
 from mxn.fleet.fleet import Fleet
 
 async def main():
@@ -469,7 +471,8 @@ async def main():
     model = Model(name="fake-model", folder=folder, revision="r", spec=spec)
     chip = Chip(uid="c", kind=None, name="c", vendor="c", memory_bytes=1, cores=1)
     settings = LoadSettings(options=(("command", command), ("stop_timeout_s", "1")))
-    fleet = Fleet([DeploymentSpec(name="fake-model", model=model, backend="server", chips=[chip], settings=settings)])
+    spec = DeploymentSpec.single(name="fake-model", model=model, backend="server", chips=[chip], settings=settings)
+    fleet = Fleet([spec])
     await fleet.start()
     print(json.dumps({"pid": fleet.deployments[0].info.pid}), flush=True)
     await asyncio.sleep(600)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 from mxn.config.environment import child_environment
+from mxn.engine.messages import Load
+from mxn.fleet.replica import Replica, ReplicaLink
 
 ENVIRONMENT = {
     # libgomp's caller otherwise spins for threads the system is not running; on two cores with a busy neighbour that
@@ -18,16 +20,16 @@ ENVIRONMENT = {
 """Variables that a process with an engine in it gets unless this process's own environment says otherwise."""
 
 
-@dataclass(frozen=True, slots=True)
-class LocalProcess:
-    """A replica process and the gateway's end of its connection. stderr is a pipe that must be read."""
+class LocalLauncher:
+    """A `Launcher` whose replicas are processes of this machine."""
 
-    process: asyncio.subprocess.Process
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
+    async def start(
+        self, load: Load, on_phase: Callable[[str, float], None], environment: Mapping[str, str]
+    ) -> Replica:
+        return await Replica.start(await launch(environment), load, on_phase)
 
 
-async def launch(environment: dict[str, str] | None = None) -> LocalProcess:
+async def launch(environment: Mapping[str, str] | None = None) -> ReplicaLink:
     """Starts `python -m mxn.engine.worker` with the current interpreter.
 
     environment: variables to set in the child beside this process's own, which stand above mxn's defaults.
@@ -43,7 +45,7 @@ async def launch(environment: dict[str, str] | None = None) -> LocalProcess:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
-            env=child_environment(environment, defaults=ENVIRONMENT),
+            env=child_environment(dict(environment or {}), defaults=ENVIRONMENT),
             start_new_session=True,  # Ctrl-C reaches the gateway only, which then drains its replicas
         )
     except BaseException:
@@ -52,4 +54,4 @@ async def launch(environment: dict[str, str] | None = None) -> LocalProcess:
     finally:
         theirs.close()
     reader, writer = await asyncio.open_connection(sock=ours)
-    return LocalProcess(process, reader, writer)
+    return ReplicaLink(process, reader, writer)
