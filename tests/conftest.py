@@ -92,12 +92,19 @@ def fake_deployment(fake_model: Model) -> Callable[..., DeploymentSpec]:
         options: dict[str, object] | None = None,
         backend: str = "fake",
         num_replicas: int = 1,
+        environment: Mapping[str, str] | None = None,
         **fields: object,
     ) -> DeploymentSpec:
         spec_fields = {k: fields.pop(k) for k in list(fields) if k in DeploymentSpec.__dataclass_fields__}
         settings = LoadSettings(options=tuple((k, str(v)) for k, v in (options or {}).items()), **fields)  # type: ignore[arg-type]
         placements = [
-            PlacementSpec(id=f"{name}/{i}", backend=backend, chips=[fake_chip(i)], settings=settings)
+            PlacementSpec(
+                id=f"{name}/{i}",
+                backend=backend,
+                chips=[fake_chip(i)],
+                settings=settings,
+                environment=environment or {},
+            )
             for i in range(num_replicas)
         ]
         return DeploymentSpec(name=name, model=fake_model, placements=placements, **spec_fields)  # type: ignore[arg-type]
