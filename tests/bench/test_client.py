@@ -34,6 +34,27 @@ async def test_stream_is_counted_and_timed() -> None:
     }
 
 
+async def test_chat_is_asked_as_messages_and_only_pieces_with_text_are_timed() -> None:
+    seen: list[bytes] = []
+    pieces = ['{"role":"assistant","content":""}', '{"content":"a"}', '{"reasoning_content":"b"}', "{}"]
+    events = [b'data: {"choices":[{"index":0,"delta":%s}]}\n\n' % piece.encode() for piece in pieces]
+    events += [b'data: {"choices":[],"usage":{"completion_tokens":2,"prompt_tokens":9}}\n\n', b"data: [DONE]\n\n"]
+
+    def answer(request: bytes) -> list[bytes]:
+        seen.append(request)
+        return [STREAM_HEAD, *(chunk(event) for event in events), b"0\r\n\r\n"]
+
+    async with canned_server(answer) as url:
+        client = CompletionsClient(url, model="m")
+        result = await client.complete([{"role": "user", "content": "hi"}], 2, keeps_text=True)
+        client.close()
+    assert seen[0].startswith(b"POST /v1/chat/completions ")
+    assert json.loads(seen[0].split(b"\r\n\r\n", 1)[1])["messages"] == [{"role": "user", "content": "hi"}]
+    assert result.error is None
+    assert len(result.chunk_times_s) == 2
+    assert (result.text, result.num_output_tokens, result.num_prompt_tokens) == ("ab", 2, 9)
+
+
 async def test_events_may_be_cut_anywhere_between_chunks() -> None:
     body = b"".join(sse(3))
     for at in range(1, len(body)):

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from mxn.errors import ConfigError
 
 
 @asynccontextmanager
-async def slow_server(delay_s: float, seen: list[str]) -> AsyncIterator[CompletionsClient]:
+async def slow_server(delay_s: float, seen: list[Any]) -> AsyncIterator[CompletionsClient]:
     """Answers each completion with " x" repeated, after a fixed delay, whatever else is going on."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -28,10 +29,11 @@ async def slow_server(delay_s: float, seen: list[str]) -> AsyncIterator[Completi
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
                 request = json.loads(await reader.readexactly(length))
-                seen.append(request["prompt"])
+                seen.append(request["prompt"] if "prompt" in request else request["messages"])
                 await asyncio.sleep(delay_s)
                 count = request["max_tokens"]
-                events = [{"choices": [{"text": " x"}]}] * count
+                piece = {"text": " x"} if "prompt" in request else {"delta": {"content": " x"}}
+                events = [{"choices": [piece]}] * count
                 events.append({"choices": [], "usage": {"completion_tokens": count, "prompt_tokens": 3}})
                 body = b"".join(b"data: %s\n\n" % json.dumps(e).encode() for e in events) + b"data: [DONE]\n\n"
                 writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
@@ -92,6 +94,16 @@ async def test_conversation_carries_what_was_said_and_waits_to_think() -> None:
         run = await drive(client, [Session(turns=turns)], concurrency=1)
     assert seen == ["first", "first x x second", "first x x second x third"]
     assert run.results[1].start_s - run.results[0].end_s >= 0.1
+
+
+async def test_conversation_over_chat_sends_both_sides_as_messages() -> None:
+    seen: list[Any] = []
+    turns = (Turn(text="first", max_tokens=2), Turn(text="second", max_tokens=1))
+    async with slow_server(0.0, seen) as client:
+        run = await drive(client, [Session(turns=turns, is_chat=True)], concurrency=1)
+    user, answer = {"role": "user", "content": "first"}, {"role": "assistant", "content": " x x"}
+    assert seen == [[user], [user, answer, {"role": "user", "content": "second"}]]
+    assert all(r.error is None for r in run.results)
 
 
 async def test_server_that_dies_mid_run_ends_every_request_with_its_kind() -> None:

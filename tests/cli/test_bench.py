@@ -31,6 +31,23 @@ def test_sweep_writes_a_valid_record_and_a_page(mxn: Mxn, server: Serving, model
     assert "no difference shown" in " ".join(compared.out.split())
 
 
+def test_chats_are_measured_and_the_record_says_how_the_server_was_set(
+    mxn: Mxn, server: Serving, model_folder: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.json"
+    common = ("bench", "--url", f"a={server.url}", "--tokenizer", model_folder, *LOAD, "--json", str(path))
+    ran = mxn(*common, "--api", "chat", "--concurrency", "2", "--turns", "2")
+    assert ran.code == 0, ran.err
+    report = json.loads(path.read_text())
+    (record,) = report["records"]
+    assert (record["workload"]["name"], record["workload"]["api"]) == ("c2-chat", "chat")
+    assert record["num_output_tokens"] == 2 * 6 * 2 * 4
+    assert record["num_prompt_tokens"] > 2 * 6 * 2 * 12  # the template's tokens and the history come on top
+    assert record["metrics"]["queue_mean_ms"]["median"] >= 0
+    assert record["subject"]["config"]["max_num_seqs"] >= 1
+    assert "kernel" in report["manifest"]["drivers"]
+
+
 def test_open_loop_and_conversations_run(mxn: Mxn, server: Serving, model_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     common = ("bench", "--url", f"a={server.url}", "--tokenizer", model_folder, *LOAD, "--json", str(path))
@@ -111,6 +128,7 @@ def test_outside_meter_is_read_and_its_scope_kept(mxn: Mxn, server: Serving, mod
         (("--arrival", "tidal", "--rate", "1"), "available: poisson"),
         (("--dataset", "/nowhere.csv"), "cannot be read"),
         (("--slo", "speed=1"), "expected ttft=MS"),
+        (("--api", "responses"), "available: completions, chat"),
         (("--meter", "pdu"), "not a meter"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
@@ -42,7 +42,7 @@ class LoadArm(Protocol):
 
 
 class HttpArm:
-    """A server that speaks OpenAI's completions API."""
+    """A server that speaks OpenAI's APIs."""
 
     def __init__(
         self,
@@ -93,10 +93,15 @@ class _Replica(msgspec.Struct):
     program: str = "unknown"
 
 
+class _Placed(msgspec.Struct):
+    settings: dict[str, Any] = {}
+
+
 class _Deployment(msgspec.Struct):
     model: str
     backend: str
     replica: _Replica | None
+    replicas: list[_Placed] = []
 
 
 class _Status(msgspec.Struct):
@@ -134,6 +139,7 @@ async def describe(base_url: str, label: str, *, model: str | None = None, api_k
                 program=replica.program,
                 threads=replica.threads,
                 notes=tuple(replica.notes),
+                config=deployment.replicas[0].settings if deployment.replicas else {},
             )
     return Subject(label=label, model=name, interface="HTTP")
 

@@ -1,4 +1,4 @@
-"""One client of an OpenAI-compatible server: streaming completions, each token's arrival timed."""
+"""One client of an OpenAI-compatible server: streamed completions and chats, each token's arrival timed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from dataclasses import dataclass, field
 import msgspec
 
 from mxn.engine.http_stream import ConnectionPool, TransportError
+
+Message = dict[str, str]
+"""One message of a chat: its role and its content."""
+
+Prompt = str | list[Message]
+"""What is asked: a text to continue, or a chat to answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +58,19 @@ class _Error(msgspec.Struct):
     message: str = ""
 
 
+class _Said(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+
+
 class _Choice(msgspec.Struct):
     text: str = ""
+    delta: _Said | None = None
+
+    @property
+    def said(self) -> str:
+        """The text of a piece, whichever of the two APIs it comes from."""
+        return self.text if self.delta is None else (self.delta.content or self.delta.reasoning_content or "")
 
 
 class _Chunk(msgspec.Struct):
@@ -65,12 +82,18 @@ class _Chunk(msgspec.Struct):
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
+_decode_choice = msgspec.json.Decoder(_Choice).decode
 _encode = msgspec.json.encode
 
 
 @dataclass(slots=True)
 class _Stream:
-    """Collects one event stream as its bytes arrive."""
+    """Collects one event stream as its bytes arrive.
+
+    is_chat: pieces without text carry no output, such as the one that only names the role.
+    """
+
+    is_chat: bool = False
 
     times_s: list[float] = field(default_factory=list)
     usage: _Usage | None = None
@@ -107,14 +130,19 @@ class _Stream:
             self.error_kind = "error_event"
         if chunk.usage is not None:
             self.usage = chunk.usage
-        if chunk.choices:
-            self.times_s.append(at_s)
+        if not chunk.choices:
+            return
+        if self.is_chat or self.texts is not None:
+            text = _decode_choice(chunk.choices[0]).said
+            if self.is_chat and not text:
+                return
             if self.texts is not None:
-                self.texts.append(msgspec.json.decode(chunk.choices[0], type=_Choice).text)
+                self.texts.append(text)
+        self.times_s.append(at_s)
 
 
 class CompletionsClient:
-    """Sends prompts to `{base_url}/completions`; `base_url` ends in /v1 as in OpenAI's own client.
+    """Sends texts to `{base_url}/completions` and chats to `{base_url}/chat/completions`; `base_url` ends in /v1.
 
     extra: fields added to every request; `ignore_eos` is understood by mxn, vLLM, SGLang and llama-server.
     """
@@ -136,19 +164,21 @@ class CompletionsClient:
         self._timeout_s = timeout_s
 
     async def complete(
-        self, prompt: str, max_tokens: int, *, stream: bool = True, keeps_text: bool = False
+        self, prompt: Prompt, max_tokens: int, *, stream: bool = True, keeps_text: bool = False
     ) -> RequestResult:
         """One request. Never raises for a server that refuses, breaks off or cannot be reached: the result says so."""
-        fields = {**self._fields, "prompt": prompt, "max_tokens": max_tokens, "stream": stream}
+        is_chat = not isinstance(prompt, str)
+        path, what = ("/chat/completions", "messages") if is_chat else ("/completions", "prompt")
+        fields = {**self._fields, what: prompt, "max_tokens": max_tokens, "stream": stream}
         if stream:
             fields["stream_options"] = {"include_usage": True}
         body, parts = _encode(fields), bytearray()
-        answer = _Stream(texts=[] if keeps_text else None)
+        answer = _Stream(is_chat=is_chat, texts=[] if keeps_text else None)
         sink: Callable[[bytes, float], None] = answer.feed if stream else lambda data, at_s: parts.extend(data)
         start_s = time.monotonic()
         try:
             status = await self._pool.exchange(
-                "POST", "/completions", headers=self._headers, body=body, sink=sink, timeout_s=self._timeout_s
+                "POST", path, headers=self._headers, body=body, sink=sink, timeout_s=self._timeout_s
             )
             end_s = time.monotonic()
             if status != 200:

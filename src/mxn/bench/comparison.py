@@ -88,6 +88,8 @@ def mismatches(a: Record, b: Record) -> list[str]:
         b.workload.rate_per_s,
     ):
         found.append(f"the load differs: {a.workload.title} and {b.workload.title}")
+    if a.workload.api != b.workload.api:
+        found.append(f"one was asked over {a.workload.api}, the other {b.workload.api}")
     if a.subject.interface != b.subject.interface:
         found.append(f"one was reached over {a.subject.interface}, the other {b.subject.interface}")
     return found
@@ -99,12 +101,17 @@ def machine_differences(a: Manifest, b: Manifest) -> list[str]:
     for what, x, y in (
         ("chip", f"{a.chip}, {a.num_cores} cores", f"{b.chip}, {b.num_cores} cores"),
         ("power limit", str(a.power_limits_w), str(b.power_limits_w)),
+        ("drivers", _listed(a.drivers), _listed(b.drivers)),
     ):
         if x != y:
             found.append(f"{what} differs: {x} and {y}")
     if a.started != b.started:
         found.append("the runs were made at different times, not in turns: what changed in between is in the ratios")
     return found
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items()) or "not told"
 
 
 def _pairs(first: Sequence[Record], second: Sequence[Record]) -> list[tuple[Record, Record]]:

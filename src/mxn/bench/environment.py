@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +21,11 @@ _FEATURES = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "sve",
     "i8mm", "bf16",
 )  # fmt: skip
+_DRIVERS = (
+    ("microcode", "proc/cpuinfo", r"^microcode\s*: (\S+)"),
+    ("nvidia", "proc/driver/nvidia/version", r"Kernel Module\s.*?(\d+\.\d+(?:\.\d+)?)"),
+    ("amdgpu", "sys/module/amdgpu/version", r"(\S+)"),
+)
 
 
 def manifest(*, seed: int, readers: Sequence[PowerReader] = ()) -> Manifest:
@@ -39,6 +45,7 @@ def manifest(*, seed: int, readers: Sequence[PowerReader] = ()) -> Manifest:
         seed=seed,
         power_sources=tuple(f"{reader.name} ({reader.kind}, {reader.scope}): {reader.detail}" for reader in readers),
         power_limits_w=tuple(reader.power_limit_w for reader in readers),
+        drivers=drivers(),
     )
 
 
@@ -57,6 +64,19 @@ def package_versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
+    return found
+
+
+def drivers(root: Path = Path("/")) -> dict[str, str]:
+    """Versions of the kernel, the processor's microcode and the GPU drivers that are loaded."""
+    found = {"kernel": platform.release()}
+    for name, path, pattern in _DRIVERS:
+        try:
+            said = re.search(pattern, (root / path).read_text(), re.MULTILINE)
+        except OSError:
+            continue
+        if said is not None:
+            found[name] = said[1]
     return found
 
 

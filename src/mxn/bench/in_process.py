@@ -6,6 +6,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from mxn.backends.base import Backend, Embedder, LoadProgress
 from mxn.bench.client import RequestResult
 from mxn.bench.engine_asker import EngineAsker
@@ -84,6 +86,7 @@ class InProcessArm:
             program=info.program,
             threads=info.threads,
             notes=info.notes,
+            config=msgspec.to_builtins(settings),
         )
         return cls(engine, subject, tokenizer=Tokenizer.load(model.folder), readers=(backend.power(chip),))
 

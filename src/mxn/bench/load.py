@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mxn.bench.arrivals import arrival_times
-from mxn.bench.client import CompletionsClient, RequestResult
+from mxn.bench.client import CompletionsClient, Message, RequestResult
 from mxn.bench.datasets import MOONCAKE_BLOCK_TOKENS, Ask, Dataset
 from mxn.bench.workloads import PromptMaker, Workload
 
@@ -31,10 +31,11 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """Turns that follow one another. `at_s`: when the first is sent in an open loop."""
+    """Turns that follow one another. `at_s`: when the first is sent in an open loop. `is_chat`: sent as messages."""
 
     turns: tuple[Turn, ...]
     at_s: float = 0.0
+    is_chat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +66,7 @@ def plan(workload: Workload, prompts: PromptMaker, *, seed: int, dataset: Datase
     else:
         times_s = [0.0] * len(asks)
     return [
-        Session(turns=tuple(_turns(workload, prompts, ask, shared)), at_s=at_s)
+        Session(turns=tuple(_turns(workload, prompts, ask, shared)), at_s=at_s, is_chat=workload.api == "chat")
         for ask, at_s in zip(asks, times_s, strict=True)
     ]
 
@@ -91,7 +92,8 @@ def _turns(workload: Workload, prompts: PromptMaker, ask: Ask, shared: list[int]
         for block_id in ask.block_ids:
             front += prompts.block(block_id, min(MOONCAKE_BLOCK_TOKENS, max(count - len(front), 0)))
         text = prompts.text(count, shared=front, is_first=number == 0)
-        turns.append(Turn(text=text, max_tokens=output, prompt_tokens=None if number else count, think_s=think_s))
+        known = None if number or workload.api == "chat" else count
+        turns.append(Turn(text=text, max_tokens=output, prompt_tokens=known, think_s=think_s))
     return turns
 
 
@@ -131,16 +133,19 @@ async def _run_session(
     client: CompletionsClient, session: Session, into: list[RequestResult], *, scheduled_s: float | None = None
 ) -> None:
     """The turns of one conversation in order; one that fails ends it."""
-    said = ""
+    said, messages = "", list[Message]()
     is_talk = len(session.turns) > 1
     for turn in session.turns:
         if turn.think_s:
             await asyncio.sleep(turn.think_s)
-        result = await client.complete(said + turn.text, turn.max_tokens, keeps_text=is_talk)
+        messages.append({"role": "user", "content": turn.text})
+        prompt = messages if session.is_chat else said + turn.text
+        result = await client.complete(prompt, turn.max_tokens, keeps_text=is_talk)
         into.append(replace(result, scheduled_s=scheduled_s, asked_prompt_tokens=turn.prompt_tokens))
         if result.error is not None:
             return
         said += turn.text + result.text
+        messages.append({"role": "assistant", "content": result.text})
         scheduled_s = None
 
 

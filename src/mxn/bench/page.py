@@ -255,6 +255,7 @@ def _manifest_pairs(manifest: Manifest) -> list[tuple[str, str]]:
         ("load before", f"{manifest.load_average} (processes that wanted a core)"),
         ("platform", manifest.platform),
         ("versions", ", ".join(f"{name} {number}" for name, number in manifest.versions.items())),
+        ("drivers", ", ".join(f"{name} {number}" for name, number in manifest.drivers.items()) or "not told"),
         ("commit", manifest.commit),
         ("command", manifest.command),
         ("seed", str(manifest.seed)),

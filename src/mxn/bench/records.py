@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -31,6 +32,7 @@ class Manifest:
 
     load_average: processes that wanted a core in the minute before it.
     power_sources, power_limits_w: what meters the chips, in words, and the caps that they are set to.
+    drivers: versions of what stands between programs and chips: kernel, microcode, a GPU's driver.
     """
 
     started: str
@@ -46,11 +48,15 @@ class Manifest:
     seed: int
     power_sources: tuple[str, ...] = ()
     power_limits_w: tuple[float | None, ...] = ()
+    drivers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What was measured. "unknown" where a foreign server does not say; notes hold what it chose at load time."""
+    """What was measured. "unknown" where a foreign server does not say; notes hold what it chose at load time.
+
+    config: the settings that it was loaded with, as `core.model.LoadSettings`; empty where a server does not tell.
+    """
 
     label: str
     model: str
@@ -61,6 +67,7 @@ class Subject:
     program: str = "unknown"
     threads: int | None = None
     notes: tuple[str, ...] = ()
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -252,7 +252,7 @@ def report_markdown(report: Report) -> str:
 
 def manifest_markdown(manifest: Manifest) -> str:
     """Machine, versions, commit and command as a list."""
-    versions = ", ".join(f"{name} {number}" for name, number in manifest.versions.items())
+    versions = ", ".join(f"{name} {number}" for name, number in (*manifest.versions.items(), *manifest.drivers.items()))
     return (
         f"- started: {manifest.started}\n"
         f"- chip: {manifest.chip}, {manifest.num_cores} cores, {manifest.memory_gib} GiB, "

@@ -25,7 +25,7 @@ from mxn.bench.metrics import (
 )
 from mxn.bench.queue import QueueArm
 from mxn.bench.records import Record, Run
-from mxn.bench.workloads import PromptMaker, Workload
+from mxn.bench.workloads import Api, PromptMaker, Workload, over_chat
 from mxn.core.quantity import Quantity
 from mxn.energy.timeline import EnergyTimeline
 from mxn.energy.window import EnergyWindow, WindowEnergy, combine
@@ -99,7 +99,7 @@ async def measure(
     unsettled = {}
     for arm in arms:
         progress(f"{arm.subject.label}: warm-up", done, total)
-        unsettled[arm.subject.label] = await _warm_up(arm, prompts)
+        unsettled[arm.subject.label] = await _warm_up(arm, prompts, workloads[0].api)
     idle_before = await _idle_watts(arms, idle_s)
     started_s = time.monotonic()
     for repetition in range(repetitions):
@@ -129,15 +129,18 @@ async def measure(
     ]
 
 
-async def _warm_up(arm: Arm, prompts: PromptMaker) -> tuple[str, ...]:
+async def _warm_up(arm: Arm, prompts: PromptMaker, api: Api) -> tuple[str, ...]:
     """Rounds of the warm-up until two in a row take the same time. Returns: a warning when they never do.
 
     Raises: BenchError when the arm answers nothing.
     """
     last_s = 0.0
     for _ in range(MAX_WARM_UPS):
-        texts = prompts.make(_WARM_UP)
-        results = await arm.run(texts, _WARM_UP.output_tokens, _WARM_UP.concurrency)
+        if api == "chat" and isinstance(arm, LoadArm):
+            load = await arm.drive(plan(over_chat(_WARM_UP), prompts, seed=0), _WARM_UP.concurrency)
+            results = load.results
+        else:
+            results = await arm.run(prompts.make(_WARM_UP), _WARM_UP.output_tokens, _WARM_UP.concurrency)
         took_s = max(r.end_s for r in results) - min(r.start_s for r in results)
         if all(r.error for r in results):
             raise BenchError(f"{arm.subject.label} cannot be measured: {results[0].error}")
@@ -203,9 +206,10 @@ async def _run_once(
 
 async def _run_plain(arm: Arm, workload: Workload, sessions: Sequence[Session]) -> list[RequestResult]:
     """For arms that only know closed loops of equal requests."""
-    if workload.is_open or workload.turns > 1 or workload.length_spread or workload.dataset != "synthetic":
+    is_even = workload.turns == 1 and not workload.length_spread and workload.dataset == "synthetic"
+    if workload.is_open or workload.api == "chat" or not is_even:
         raise ConfigError(
-            f"{arm.subject.label} is driven in process and runs closed loops of equal requests only; "
+            f"{arm.subject.label} is driven in process and runs closed loops of equal completions only; "
             f"{workload.name} needs a server: leave out --in-process"
         )
     prompts = [session.turns[0].text for session in sessions]
@@ -251,6 +255,7 @@ def _faults(results: Sequence[RequestResult], workload: Workload) -> list[str]:
     for result in results:
         output = result.asked_output_tokens or workload.output_tokens
         is_varied = workload.turns > 1 or workload.length_spread or workload.dataset != "synthetic"
+        is_varied = is_varied or workload.api == "chat"  # its template's tokens are the server's affair
         prompt = result.asked_prompt_tokens or (None if is_varied else workload.prompt_tokens)
         if result.error is not None:
             fault = result.error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from mxn.bench.arrivals import ArrivalKind
 from mxn.bench.datasets import Dataset
 from mxn.errors import ConfigError, ModelError
 
+Api = Literal["completions", "chat"]
 Headline = Literal["decode_tokens_per_s", "output_tokens_per_s", "prompt_tokens_per_s", "duration_s"]
 
 
@@ -25,6 +26,7 @@ class Workload:
     length_spread: prompt and output lengths are drawn evenly from the means -+ this share of them.
     turns: requests of one conversation, each with what was said before in front of it, `think_s` seconds apart.
     dataset: where lengths, texts or times come from, with its SHA-256; the token counts are means then.
+    api: "chat" sends each prompt as a user's message; the server's template adds its tokens to the prompt's.
     headline: the figure the workload is run for.
     """
 
@@ -44,6 +46,7 @@ class Workload:
     think_s: float = 0.0
     dataset: str = "synthetic"
     dataset_sha256: str = ""
+    api: Api = "completions"
 
     @property
     def is_lower_better(self) -> bool:
@@ -148,6 +151,11 @@ def parse_workloads(text: str) -> list[Workload]:
             f"unknown workload {', '.join(unknown) or '(none given)'}; available: {', '.join((*WORKLOADS, *SETS))}"
         )
     return [WORKLOADS[n] for n in names]
+
+
+def over_chat(workload: Workload) -> Workload:
+    """The same workload through /v1/chat/completions."""
+    return replace(workload, name=f"{workload.name}-chat", title=f"{workload.title}, as chats", api="chat")
 
 
 def describe_workloads(

@@ -68,6 +68,7 @@ def run_bench(
     dataset: Annotated[
         Path | None, typer.Option(help="JSONL of prompts, Mooncake trace (.jsonl) or Azure LLM trace (.csv).")
     ] = None,
+    api: Annotated[str, typer.Option(help="What requests go through: completions, or chat.")] = "completions",
     slo: Annotated[
         str | None, typer.Option(help="Limits for goodput in ms, as ttft=500,tpot=50,request=10000.")
     ] = None,
@@ -120,12 +121,13 @@ def run_bench(
     from mxn.bench.environment import busy_warning, manifest
     from mxn.bench.metrics import parse_slo
     from mxn.bench.records import Report
-    from mxn.bench.workloads import PromptMaker, describe_workloads, parse_workloads
+    from mxn.bench.workloads import PromptMaker, describe_workloads, over_chat, parse_workloads
     from mxn.cli import bench_arms
     from mxn.cli.console import err
     from mxn.cli.prepare import DEFAULT_MODEL
     from mxn.energy.external import external_reader
     from mxn.energy.reader import Scope
+    from mxn.errors import ConfigError
 
     data = load_dataset(dataset, limit=requests) if dataset else None
     chosen: list[Workload] = parse_workloads(workloads) if workloads else []
@@ -145,6 +147,10 @@ def run_bench(
             dataset=data,
         )
     chosen = chosen or parse_workloads("quick")
+    if api not in ("completions", "chat"):
+        raise ConfigError(f"--api {api!r} is unknown; available: completions, chat")
+    if api == "chat":
+        chosen = [over_chat(workload) for workload in chosen]
     limits = parse_slo(slo) if slo else None
     is_all = backend == "all"
     if matrix or is_all:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
+from mxn.bench.arms import describe
 from mxn.bench.records import Subject
 from mxn.config.environment import child_environment
 from mxn.errors import BackendError
@@ -36,17 +38,7 @@ class OwnServer:
 
     def subject(self, label: str) -> Subject:
         """What a benchmark record says of it."""
-        return Subject(
-            label=label,
-            model=self.name,
-            interface="HTTP",
-            backend=self.backend,
-            attention=self.attention,
-            quantisation=self.quantisation,
-            program=self.program,
-            threads=self.threads,
-            notes=tuple(self.notes),
-        )
+        return asyncio.run(describe(self.url, label, model=self.name))
 
 
 @contextmanager

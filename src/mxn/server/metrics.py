@@ -38,11 +38,7 @@ _GAUGES = (
 _COUNTERS = (
     ("num_steps", "mxn_engine_steps", "Steps of the engine."),
     ("num_started", "mxn_engine_sequences_started", "Sequences that left the queue."),
-    (
-        "queue_s",
-        "mxn_engine_queue_seconds",
-        "Time that these had spent in the queue.",
-    ),
+    ("queue_s", "mxn_engine_queue_seconds", "Time that these had spent in the queue."),
     ("num_preemptions", "mxn_engine_preemptions", "Sequences put back into the queue for lack of KV blocks."),
     ("num_prompt_tokens", "mxn_engine_prompt_tokens", "Prompt tokens of sequences that were started."),
     ("num_cached_tokens", "mxn_engine_cached_tokens", "Prompt tokens that came out of the prefix cache."),
