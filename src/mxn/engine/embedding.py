@@ -78,6 +78,10 @@ class EmbeddingEngine:
         self._refresh_gauges()
         return [SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.ABORT) for seq_id in gone]
 
+    def abort_all(self) -> None:
+        """Ends every sequence; nobody is there to hear of it."""
+        self.abort(list(self._waiting))
+
     def step(self) -> list[SequenceOutput]:
         """Embeds the texts at the head of the line.
 

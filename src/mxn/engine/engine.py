@@ -101,6 +101,10 @@ class Engine:
         self._refresh_gauges()
         return outputs
 
+    def abort_all(self) -> None:
+        """Ends every sequence; nobody is there to hear of it."""
+        self.abort(list(self._sequences))
+
     def step(self) -> list[SequenceOutput]:
         """Runs one step and returns what it added to each sequence.
 

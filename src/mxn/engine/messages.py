@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Literal
 
 import msgspec
@@ -26,6 +27,12 @@ class Load(msgspec.Struct, tag=True, kw_only=True):
     chips: list[Chip]
     max_waiting: int
     chip_share: float = 1.0
+
+
+def load_key(load: Load) -> str:
+    """A hash of what is to be loaded; what of the chips' memory and energy is its own at the moment does not count."""
+    parts = (load.backend, load.model, load.settings, [chip.uid for chip in load.chips], load.max_waiting)
+    return hashlib.sha256(msgspec.msgpack.encode(parts)).hexdigest()[:32]
 
 
 class Start(msgspec.Struct, tag=True):

@@ -1,7 +1,8 @@
 """The replica process: loads one model through one backend and runs its engine until told to stop.
 
 Started as `python -m mxn.engine.worker FD`, where FD is its end of a socket pair, so nothing listens anywhere and the
-process ends when the gateway does.
+process ends when the gateway does; or as `... --door FD SECONDS`, where FD is a Unix socket at which gateways come in,
+one after another, and the model stays loaded for so long without one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mxn.backends.base import Backend, Embedder, Executor
@@ -25,6 +27,7 @@ from mxn.energy.reader import NullReader
 from mxn.energy.together import together
 from mxn.energy.window import PROVENANCE
 from mxn.engine.channel import ChannelError, ReplicaChannel
+from mxn.engine.door import Door
 from mxn.engine.embedding import BatchLimits, EmbeddingEngine
 from mxn.engine.engine import Engine, EngineSettings
 from mxn.engine.messages import (
@@ -39,6 +42,7 @@ from mxn.engine.messages import (
     Start,
     StepDone,
     Stop,
+    ToGateway,
     ToReplica,
 )
 from mxn.errors import ChipError, MxnError, RequestError, ServerDiedError
@@ -89,13 +93,16 @@ class Inbox:
                 return
 
 
-def run(channel: ReplicaChannel) -> int:
-    """Serves one replica; returns the exit code."""
+def run(channel: ReplicaChannel, door: Door | None = None) -> int:
+    """Serves one replica; returns the exit code.
+
+    door: where another gateway may come in when this one has gone; without one the replica ends with its gateway.
+    """
     first = channel.receive()
     if not isinstance(first, Load):
         return 0  # the gateway left before it said what to load
     try:
-        runner, info = _load(first, channel)
+        runner, info = _load(first, channel, door)
     except MxnError as error:
         channel.send(LoadFailed(type(error).__name__, str(error)))
         return EXIT_LOAD_FAILED
@@ -103,11 +110,15 @@ def run(channel: ReplicaChannel) -> int:
         log.exception("loading failed")
         channel.send(LoadFailed(type(error).__name__, f"loading failed: {type(error).__name__}: {error}"))
         return EXIT_LOAD_FAILED
-    channel.send(Ready(info))
+    gateway: ReplicaChannel | None = channel
     try:
-        if isinstance(runner, Engine | EmbeddingEngine):
-            return _serve(runner, Inbox(channel), channel)
-        runner.serve(channel)
+        while gateway is not None:
+            channel = gateway
+            if _serve_gateway(runner, info, channel) or door is None:
+                return 0
+            channel.close()
+            runner.abort_all()
+            gateway = door.next_gateway(first)
         return 0
     except ServerDiedError as error:
         log.critical("%s", error)
@@ -117,14 +128,28 @@ def run(channel: ReplicaChannel) -> int:
         with suppress(OSError):  # the gateway may be gone too
             channel.send(ChipLost(f"chip lost: {error}"))
         return EXIT_CHIP_LOST
-    except (ChannelError, OSError) as error:
-        log.error("connection to the gateway lost: %s", error)
-        return 0
     finally:
         runner.close()
 
 
-def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | EmbeddingEngine | ServerReplica, ReplicaInfo]:
+def _serve_gateway(
+    runner: Engine | EmbeddingEngine | ServerReplica, info: ReplicaInfo, channel: ReplicaChannel
+) -> bool:
+    """Serves until the gateway says to stop, which is True, or is gone."""
+    try:
+        channel.send(Ready(info))
+        if isinstance(runner, Engine | EmbeddingEngine):
+            channel.send(StepDone([], runner.stats))
+            return _serve(runner, Inbox(channel), channel)
+        return runner.serve(channel)
+    except (ChannelError, OSError) as error:
+        log.error("connection to the gateway lost: %s", error)
+        return False
+
+
+def _load(
+    message: Load, channel: ReplicaChannel, door: Door | None
+) -> tuple[Engine | EmbeddingEngine | ServerReplica, ReplicaInfo]:
     seconds: dict[str, float] = {}
     last = time.monotonic()
 
@@ -133,7 +158,14 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | EmbeddingEng
         now = time.monotonic()
         seconds[phase] = seconds.get(phase, 0.0) + now - last
         last = now
-        channel.send(LoadPhase(phase, fraction))
+        tell(LoadPhase(phase, fraction))
+
+    def tell(message: ToGateway) -> None:
+        try:
+            channel.send(message)
+        except OSError:
+            if door is None:
+                raise  # otherwise another gateway may want the model once it is loaded
 
     progress("start", 1.0)
     settings = message.settings
@@ -141,7 +173,8 @@ def _load(message: Load, channel: ReplicaChannel) -> tuple[Engine | EmbeddingEng
     if type(backend).serve is not Backend.serve:
         from mxn.engine.proxy.replica import ServerReplica  # brings an HTTP client that no other replica needs
 
-        return ServerReplica.start(backend, message, channel, progress, seconds)
+        is_wanted = partial(_is_wanted, channel, door)
+        return ServerReplica.start(backend, message, is_wanted, progress, seconds)
     loaded = backend.load(message.model, settings, message.chips, progress)
     progress("load", 1.0)
     progress("warm-up", 0.0)
@@ -196,7 +229,8 @@ def _describe(message: Load, loaded: Executor | Embedder, load_s: dict[str, floa
     )
 
 
-def _serve(engine: Engine | EmbeddingEngine, inbox: Inbox, channel: ReplicaChannel) -> int:
+def _serve(engine: Engine | EmbeddingEngine, inbox: Inbox, channel: ReplicaChannel) -> bool:
+    """Runs the engine until told to stop, which is True, or until the gateway is gone."""
     is_stopping = False
     while True:
         outputs: list[SequenceOutput] = []
@@ -206,7 +240,7 @@ def _serve(engine: Engine | EmbeddingEngine, inbox: Inbox, channel: ReplicaChann
             engine.settle_energy()
         for message in messages:
             if message is None:
-                return 0
+                return False
             if isinstance(message, Stop):
                 is_stopping = True
             else:
@@ -215,7 +249,7 @@ def _serve(engine: Engine | EmbeddingEngine, inbox: Inbox, channel: ReplicaChann
         if outputs or not engine.has_work:
             channel.send(StepDone(outputs, engine.stats))
         if is_stopping and not engine.has_work:
-            return 0
+            return True
 
 
 def _handle(engine: Engine | EmbeddingEngine, message: ToReplica) -> list[SequenceOutput]:
@@ -232,6 +266,11 @@ def _handle(engine: Engine | EmbeddingEngine, message: ToReplica) -> list[Sequen
     return []
 
 
+def _is_wanted(channel: ReplicaChannel, door: Door | None) -> bool:
+    """False once nobody waits for the model to be loaded."""
+    return door is not None or not channel.receive_ready()
+
+
 def _log_level() -> int:
     """What a replica tells: its own notes, and at "debug" all that the gateway would show."""
     return logging.DEBUG if log_level() == "debug" else logging.INFO
@@ -241,8 +280,11 @@ def main() -> None:
     """Entry point of the replica process."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.basicConfig(stream=sys.stderr, level=_log_level(), format="%(levelname)s %(name)s: %(message)s")
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    sys.exit(run(ReplicaChannel(connection)))
+    if sys.argv[1] != "--door":
+        sys.exit(run(ReplicaChannel(socket.socket(fileno=int(sys.argv[1])))))
+    door = Door(socket.socket(fileno=int(sys.argv[2])), float(sys.argv[3]))
+    channel = door.open()
+    sys.exit(0 if channel is None else run(channel, door))
 
 
 if __name__ == "__main__":

@@ -85,8 +85,8 @@ class Proxy:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Future[None] | None = None
 
-    async def serve(self, channel: ReplicaChannel) -> None:
-        """Handles the gateway's messages until told to stop or the gateway is gone.
+    async def serve(self, channel: ReplicaChannel) -> bool:
+        """Handles the gateway's messages until told to stop, which is True, or until the gateway is gone.
 
         Raises: ServerDiedError; ChannelError and OSError when the gateway cannot be read from or written to.
         """
@@ -103,6 +103,7 @@ class Proxy:
         watch, energy = asyncio.create_task(self._watch()), asyncio.create_task(self._report_energy())
         try:
             await self._end
+            return self._is_stopping
         finally:
             loop.remove_reader(channel.fileno())
             self._server.on_exit = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
+from functools import partial
 
 from mxn.backends.base import Backend, LoadProgress, ServerSpec
 from mxn.energy.attribution import ChipMeter
@@ -22,20 +24,20 @@ from mxn.errors import BackendError
 class ServerReplica:
     """A server that is ready, and the proxy that speaks to it."""
 
-    def __init__(self, server: ServerProcess, proxy: Proxy) -> None:
+    def __init__(self, server: ServerProcess, make_proxy: Callable[[], Proxy]) -> None:
         self._server = server
-        self._proxy = proxy
+        self._make_proxy = make_proxy
 
     @classmethod
     def start(
         cls,
         backend: Backend,
         message: Load,
-        channel: ReplicaChannel,
+        is_wanted: Callable[[], bool],
         progress: LoadProgress,
         load_s: dict[str, float],
     ) -> tuple[ServerReplica, ReplicaInfo]:
-        """Starts the backend's server and waits until it is ready, or the gateway, which says nothing now, is gone.
+        """Starts the backend's server and waits until it is ready, or is not wanted any more.
 
         Raises: MxnError with the cause; nothing is left running then.
         """
@@ -45,7 +47,7 @@ class ServerReplica:
         progress("server", 0.0)
         server = ServerProcess(spec)
         try:
-            server.wait_until_ready(is_wanted=lambda: not channel.receive_ready())
+            server.wait_until_ready(is_wanted=is_wanted)
             max_context = _max_context(server, spec)
         except BaseException:
             server.stop()
@@ -55,15 +57,20 @@ class ServerReplica:
         meter = _meter(backend, message, server)
         if meter is not None:
             info.power_source, info.power_provenance = meter.reader.name, PROVENANCE[meter.reader.kind]
-        proxy = Proxy(server, dialect, max_num_seqs=spec.max_num_seqs, max_context=max_context, meter=meter)
-        return cls(server, proxy), info
+        make_proxy = partial(
+            Proxy, server, dialect, max_num_seqs=spec.max_num_seqs, max_context=max_context, meter=meter
+        )
+        return cls(server, make_proxy), info
 
-    def serve(self, channel: ReplicaChannel) -> None:
-        """Handles the gateway's messages until told to stop or the gateway is gone.
+    def serve(self, channel: ReplicaChannel) -> bool:
+        """Handles the gateway's messages until told to stop, which is True, or until the gateway is gone.
 
         Raises: ServerDiedError; OSError when the gateway cannot be written to.
         """
-        asyncio.run(self._proxy.serve(channel))
+        return asyncio.run(self._make_proxy().serve(channel))
+
+    def abort_all(self) -> None:
+        """Nothing: what `serve` had asked the server for ended with it."""
 
     def close(self) -> None:
         """Ends the server."""

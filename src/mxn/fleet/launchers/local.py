@@ -1,15 +1,28 @@
-"""Starts a replica as a child process of this one, joined by a socket pair: nothing listens anywhere."""
+"""Starts replicas as processes of this machine: some end with this one, others can be taken over by the next gateway.
+
+A child for good is joined by a socket pair: nothing listens anywhere. One that may outlive its gateway listens at a
+Unix socket in a folder that only its user can enter.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
+import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from mxn.config.environment import child_environment
-from mxn.engine.messages import Load
+from mxn.engine.channel import pack
+from mxn.engine.messages import Load, Stop, load_key
+from mxn.errors import BackendError, MxnError
+from mxn.fleet.launchers.lasting import AdoptedProcess, LogTail, StartedProcess, connect, end_process
 from mxn.fleet.replica import Replica, ReplicaLink
+from mxn.fleet.state import ReplicaRecord, RuntimeFolder, process_start
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     # libgomp's caller otherwise spins for threads the system is not running; on two cores with a busy neighbour that
@@ -19,35 +32,139 @@ ENVIRONMENT = {
 }
 """Variables that a process with an engine in it gets unless this process's own environment says otherwise."""
 
+ADOPTION_S = 10.0
+"""A replica that is taken over must answer within this time; it holds its model already."""
+
 
 class LocalLauncher:
-    """A `Launcher` whose replicas are processes of this machine."""
+    """A `Launcher` whose replicas are processes of this machine, and end with it.
+
+    folder: makes them last instead: they keep their models for `adopt_s` seconds after this gateway's end, and those
+    that an earlier gateway left in the folder are taken over by `start` where they run just what is asked for.
+    """
+
+    def __init__(self, folder: RuntimeFolder | None = None, *, adopt_s: float = 30.0) -> None:
+        self._folder = folder
+        self._adopt_s = adopt_s
+        self._orphans = {record.pid: record for record in folder.state.replicas} if folder is not None else {}
+        self._watchers: set[asyncio.Task[None]] = set()
 
     async def start(
         self, load: Load, on_phase: Callable[[str, float], None], environment: Mapping[str, str]
     ) -> Replica:
-        return await Replica.start(await launch(environment), load, on_phase)
+        if self._folder is None:
+            return await Replica.start(await launch(environment), load, on_phase)
+        key = _key(load, environment)
+        record = next((record for record in self._orphans.values() if record.key == key), None)
+        if record is not None:
+            adopted = await self._adopt(self._folder, record, load, on_phase)
+            if adopted is not None:
+                return adopted
+        return await Replica.start(await self._launch(self._folder, load, key, environment), load, on_phase)
+
+    async def keep_only(self, wanted: Iterable[tuple[Load, Mapping[str, str]]]) -> None:
+        """Ends what an earlier gateway left and none of these starts would take over; returns when it is gone."""
+        keys = [_key(load, environment) for load, environment in wanted]
+        leaving = []
+        for record in self._orphans.values():
+            if record.key in keys:
+                keys.remove(record.key)
+            else:
+                leaving.append(record)
+        if self._folder is not None:
+            await asyncio.gather(*(self._end(self._folder, record) for record in leaving))
+
+    async def _adopt(
+        self, folder: RuntimeFolder, record: ReplicaRecord, load: Load, on_phase: Callable[[str, float], None]
+    ) -> Replica | None:
+        """The replica of an earlier gateway; None when it cannot be had. One that answered, but not well, was ended."""
+        del self._orphans[record.pid]
+        tail = LogTail(folder.path / record.log, from_end=True)
+        try:
+            process = AdoptedProcess(record, tail)
+            link = ReplicaLink(process, *await connect(folder.path, record))
+            replica = await asyncio.wait_for(Replica.start(link, load, on_phase), ADOPTION_S)
+        except (MxnError, TimeoutError) as error:
+            log.warning("replica %d of %s is not taken over: %s", record.pid, record.model, error or "no answer")
+            await tail.finish()
+            _forget(folder, record)
+            return None
+        log.info("replica %d of %s was taken over with its model", record.pid, record.model)
+        self._watch(folder, record, process)
+        return replica
+
+    async def _launch(self, folder: RuntimeFolder, load: Load, key: str, environment: Mapping[str, str]) -> ReplicaLink:
+        name = os.urandom(4).hex()
+        tail = LogTail(folder.path / f"{name}.log", from_end=False)
+        listener = socket.socket(socket.AF_UNIX)
+        ours = socket.socket(socket.AF_UNIX)
+        try:
+            listener.bind(str(folder.path / f"{name}.sock"))
+            listener.listen(1)
+            ours.connect(str(folder.path / f"{name}.sock"))  # the kernel holds it until the process takes it
+            ours.setblocking(False)
+            arguments = ["--door", str(listener.fileno()), str(self._adopt_s)]
+            child = await _start(arguments, environment, listener, tail.fileno)
+            started = process_start(child.pid) or ""
+            record = ReplicaRecord(
+                pid=child.pid,
+                started=started,
+                key=key,
+                model=load.model.name,
+                socket=f"{name}.sock",
+                log=f"{name}.log",
+            )
+            process = StartedProcess(child, tail)
+            folder.state.replicas.append(record)
+            folder.save()
+            self._watch(folder, record, process)
+        except BaseException:
+            ours.close()
+            await tail.finish()
+            raise
+        finally:
+            listener.close()
+        return ReplicaLink(process, *await asyncio.open_connection(sock=ours))
+
+    async def _end(self, folder: RuntimeFolder, record: ReplicaRecord) -> None:
+        """Ends a process that an earlier gateway left: politely, then not; and never one that is not that process."""
+        self._orphans.pop(record.pid, None)
+        try:
+            _, writer = await connect(folder.path, record)
+        except BackendError as error:
+            log.warning("%s; what an earlier gateway left of %s is let be", error, record.model)
+        else:
+            writer.write(pack(Stop()))
+            try:
+                await asyncio.wait_for(_until_gone(record), ADOPTION_S)
+                log.info("replica %d of %s, which an earlier gateway left, was stopped", record.pid, record.model)
+            except TimeoutError:
+                log.warning("replica %d of %s did not stop and is killed", record.pid, record.model)
+                end_process(record)
+                await _until_gone(record)
+            writer.close()
+        _forget(folder, record)
+
+    def _watch(self, folder: RuntimeFolder, record: ReplicaRecord, process: StartedProcess | AdoptedProcess) -> None:
+        """Takes the record out of the state when the process has ended."""
+
+        async def watch() -> None:
+            await process.wait()
+            _forget(folder, record)
+
+        task = asyncio.create_task(watch())
+        self._watchers.add(task)
+        task.add_done_callback(self._watchers.discard)
 
 
 async def launch(environment: Mapping[str, str] | None = None) -> ReplicaLink:
-    """Starts `python -m mxn.engine.worker` with the current interpreter.
+    """Starts a replica process that ends with this one.
 
     environment: variables to set in the child beside this process's own, which stand above mxn's defaults.
     """
     ours, theirs = socket.socketpair()
     try:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "mxn.engine.worker",
-            str(theirs.fileno()),
-            pass_fds=[theirs.fileno()],
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.PIPE,
-            env=child_environment(dict(environment or {}), defaults=ENVIRONMENT),
-            start_new_session=True,  # Ctrl-C reaches the gateway only, which then drains its replicas
-        )
+        process = await _start([str(theirs.fileno())], environment or {}, theirs, asyncio.subprocess.PIPE)
     except BaseException:
         ours.close()
         raise
@@ -55,3 +172,38 @@ async def launch(environment: Mapping[str, str] | None = None) -> ReplicaLink:
         theirs.close()
     reader, writer = await asyncio.open_connection(sock=ours)
     return ReplicaLink(process, reader, writer)
+
+
+async def _start(
+    arguments: list[str], environment: Mapping[str, str], inherited: socket.socket, stderr: int
+) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "mxn.engine.worker",
+        *arguments,
+        pass_fds=[inherited.fileno()],
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=stderr,
+        env=child_environment(environment, defaults=ENVIRONMENT),
+        start_new_session=True,  # Ctrl-C reaches the gateway only, which then drains its replicas
+    )
+
+
+def _key(load: Load, environment: Mapping[str, str]) -> str:
+    """What a replica was started for, in one word."""
+    text = "\n".join((load_key(load), sys.executable, *(f"{k}={v}" for k, v in sorted(environment.items()))))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+async def _until_gone(record: ReplicaRecord) -> None:
+    while process_start(record.pid) == record.started:
+        await asyncio.sleep(0.02)
+
+
+def _forget(folder: RuntimeFolder, record: ReplicaRecord) -> None:
+    folder.state.replicas = [one for one in folder.state.replicas if one.pid != record.pid]
+    for name in (record.socket, record.log):
+        (folder.path / name).unlink(missing_ok=True)
+    folder.save()
