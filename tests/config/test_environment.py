@@ -25,6 +25,17 @@ def test_a_relative_xdg_folder_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_
     assert environment.data_dir() == tmp_path / ".local/share/mxn"
 
 
+def test_sockets_go_where_the_session_keeps_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MXN_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("MXN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
+    assert environment.runtime_dir() == tmp_path / "cache" / "run"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert environment.runtime_dir() == tmp_path / "mxn"
+    monkeypatch.setenv("MXN_RUNTIME_DIR", str(tmp_path / "own"))
+    assert environment.runtime_dir() == tmp_path / "own"
+
+
 @pytest.mark.parametrize(("text", "expected"), [("1", True), ("true", True), ("0", False), ("", False)])
 def test_offline_is_a_flag(monkeypatch: pytest.MonkeyPatch, text: str, expected: bool) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

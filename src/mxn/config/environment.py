@@ -4,6 +4,7 @@
 |------------------|----------------------------------------------------------|--------------------------------|
 | MXN_CACHE_DIR    | downloaded and converted models, built kernels           | $XDG_CACHE_HOME/mxn, ~/.cache/mxn |
 | MXN_DATA_DIR     | measured profiles, benchmark records                     | $XDG_DATA_HOME/mxn, ~/.local/share/mxn |
+| MXN_RUNTIME_DIR  | sockets and state of running servers                     | $XDG_RUNTIME_DIR/mxn, `run` in the cache |
 | MXN_CONFIG_DIR   | own model and chip cards (`models/`, `chips/`)           | $XDG_CONFIG_HOME/mxn, ~/.config/mxn |
 | MXN_API_KEY      | keys that clients must send, separated by commas         | none |
 | MXN_OFFLINE      | 1: never touch the network (HF_HUB_OFFLINE is read too)  | 0 |
@@ -42,6 +43,14 @@ def cache_dir() -> Path:
 def data_dir() -> Path:
     """Folder for what was measured on this machine and must be kept. Not created here."""
     return _folder("MXN_DATA_DIR", "XDG_DATA_HOME", ".local/share")
+
+
+def runtime_dir() -> Path:
+    """Folder for sockets and for what must be known again should a server be restarted. Not created here."""
+    if os.environ.get("MXN_RUNTIME_DIR"):
+        return Path(os.environ["MXN_RUNTIME_DIR"]).expanduser().absolute()
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    return Path(base) / "mxn" if os.path.isabs(base) and os.path.isdir(base) else cache_dir() / "run"
 
 
 def user_config_dir() -> Path:
