@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mxn.backends import contract
 from mxn.backends.base import Backend, Executor
 from mxn.backends.fake import FakeBackend, FakeExecutor
 from mxn.errors import BackendError
@@ -41,6 +42,16 @@ def define(base: type, *more: type, **members: Any) -> type:
 def test_a_backend_that_breaks_the_contract_cannot_be_defined(members: dict[str, Any], words: str) -> None:
     with pytest.raises(BackendError, match=words):
         define(FakeBackend, **members)
+
+
+def test_the_current_version_and_the_one_before_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "API_VERSION", 3)
+    for version in (2, 3):
+        define(FakeBackend, api_version=version)
+    with pytest.raises(BackendError, match="adapter version 1; this mxn speaks 2 and 3; upgrade the backend's package"):
+        define(FakeBackend)  # one that names no version was written for the first
+    with pytest.raises(BackendError, match="speaks adapter version 4; this mxn speaks 2 and 3; upgrade mxn"):
+        define(FakeBackend, api_version=4)
 
 
 def test_all_faults_are_named_at_once() -> None:

@@ -8,6 +8,7 @@ from mxn_acme import chip as x1
 
 class AcmeBackend(Backend):
     name = "acme"
+    api_version = 1
 
     def probe(self):
         return Probe(state="active", reason="one Acme X1, simulated")

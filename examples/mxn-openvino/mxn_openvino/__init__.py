@@ -36,6 +36,7 @@ class OpenVinoBackend(Backend):
     """OpenVINO on the host's processor. Options: python, ir (a folder that is exported already)."""
 
     name = "openvino"
+    api_version = 1
 
     def probe(self) -> Probe:
         python = _python("")

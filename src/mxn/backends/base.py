@@ -282,10 +282,13 @@ LoadProgress = Callable[[str, float], None]
 
 
 class Backend(ABC):
-    """One way of running models on some chips. Found through the entry point group `mxn.backends`."""
+    """One way of running models on some chips. Found through the entry point group `mxn.backends`.
+
+    api_version: of this interface, that the class was written for; one that names none was written for the first.
+    """
 
     name: ClassVar[str]
-    api_version: ClassVar[int] = API_VERSION
+    api_version: ClassVar[int] = 1
 
     def __init_subclass__(cls) -> None:
         check_version(cls, cls.api_version)

@@ -15,8 +15,6 @@ from typing import Any
 from mxn.errors import BackendError
 
 API_VERSION = 1
-OLDEST_API_VERSION = max(1, API_VERSION - 1)
-"""Version N and the one before it are accepted. 1 is the first, so until there is a 2 nothing else is."""
 
 _NOT_PLAIN = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -34,10 +32,16 @@ def check_class(cls: type, interface: type, *, one_of: tuple[str, ...] = ()) -> 
         raise BackendError(f"{cls.__name__} breaks the adapter contract, version {API_VERSION}: {'; '.join(faults)}")
 
 
+def accepted_versions(current: int) -> range:
+    """The current version and the one before it; 1 is the first."""
+    return range(max(1, current - 1), current + 1)
+
+
 def check_version(cls: type, version: object) -> None:
     """Raises: BackendError when this mxn does not speak the interface version that a backend was written for."""
-    if type(version) is not int or not OLDEST_API_VERSION <= version <= API_VERSION:
-        spoken = " and ".join(str(v) for v in range(OLDEST_API_VERSION, API_VERSION + 1))
+    accepted = accepted_versions(API_VERSION)
+    if type(version) is not int or version not in accepted:
+        spoken = " and ".join(map(str, accepted))
         todo = "upgrade mxn" if type(version) is int and version > API_VERSION else "upgrade the backend's package"
         raise BackendError(f"{cls.__name__} speaks adapter version {version}; this mxn speaks {spoken}; {todo}")
 

@@ -44,6 +44,7 @@ class {cls}Backend(Backend):
     """Fill in from the top; `mxn backend conform {name} --level N` says how far it carries."""
 
     name = "{name}"
+    api_version = 1
 
     def probe(self) -> Probe:
         """Look for the driver: "absent" with what to install when it is not here, "broken" when it does not answer."""
