@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from mxn.core.request import FinishReason, SamplingParams, SequenceOutput, SequenceRequest, TokenLogprob
-from mxn.engine.channel import ChannelError, ReplicaChannel, pack, receive_from_replica
-from mxn.engine.messages import MAX_FRAME_BYTES, Abort, Start, StepDone, Stop
+from mxn.engine.channel import ChannelError, ReplicaChannel, messages_of, pack, receive_from_replica
+from mxn.engine.messages import MAX_FRAME_BYTES, Abort, ResetPrefixCache, Start, StepDone, Stop
 from mxn.engine.stats import EngineStats
 
 Pair = tuple[socket.socket, ReplicaChannel]
@@ -74,3 +74,11 @@ def test_half_a_frame_is_the_end_of_the_connection(pair: Pair) -> None:
     ours.sendall(b"\x10\x00\x00\x00abc")
     ours.close()
     assert channel.receive() is None
+
+
+def test_frames_that_came_otherwise_than_over_a_socket_are_read_whole_or_refused() -> None:
+    frames = pack(Abort([1])) + pack(ResetPrefixCache())
+    assert messages_of(frames) == [Abort([1]), ResetPrefixCache()]
+    assert messages_of(b"") == []
+    with pytest.raises(ChannelError, match="after the last whole frame"):
+        messages_of(frames[:-1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
+import time
 
 import msgspec
 
@@ -29,12 +31,29 @@ def pack(message: ToGateway | ToReplica) -> bytes:
     return len(body).to_bytes(4, "little") + body
 
 
+def messages_of(frames: bytes) -> list[ToReplica]:
+    """The messages of whole frames, where something other than a socket carries them."""
+    buffer, messages = bytearray(frames), []
+    while (message := _take(buffer)) is not None:
+        messages.append(message)
+    if buffer:
+        raise ChannelError(f"{len(buffer)} bytes after the last whole frame")
+    return messages
+
+
 class ReplicaChannel:
-    """The replica's end. One thread reads, by `receive` or by `receive_ready`; one thread sends."""
+    """The replica's end. One thread reads, by `receive` or by `receive_ready`; any may send."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._buffer = bytearray()
+        self._sending = threading.Lock()
+        self._sent_s = time.monotonic()
+
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since the last message was sent."""
+        return time.monotonic() - self._sent_s
 
     def fileno(self) -> int:
         """What a loop watches to know when `receive_ready` has something."""
@@ -42,11 +61,14 @@ class ReplicaChannel:
 
     def send(self, message: ToGateway) -> None:
         """Sends one message. Raises: OSError when the gateway is gone."""
-        self._connection.sendall(pack(message))
+        frame = pack(message)
+        with self._sending:
+            self._connection.sendall(frame)
+            self._sent_s = time.monotonic()
 
     def receive(self) -> ToReplica | None:
         """The next message, or None when the gateway closed the connection."""
-        while (message := self._take()) is None:
+        while (message := _take(self._buffer)) is None:
             data = self._connection.recv(_READ_BYTES)
             if not data:
                 return None
@@ -64,28 +86,13 @@ class ReplicaChannel:
             self._buffer += data
             is_closed = not data
         messages: list[ToReplica | None] = []
-        while (message := self._take()) is not None:
+        while (message := _take(self._buffer)) is not None:
             messages.append(message)
         return [*messages, None] if is_closed else messages
 
     def close(self) -> None:
         """Closes the connection; the gateway sees its end."""
         self._connection.close()
-
-    def _take(self) -> ToReplica | None:
-        """The first message of the buffer, or None while it is not whole."""
-        buffer = self._buffer
-        if len(buffer) < _HEAD_BYTES:
-            return None
-        end = _HEAD_BYTES + _checked_size(bytes(buffer[:_HEAD_BYTES]))
-        if len(buffer) < end:
-            return None
-        body = bytes(buffer[_HEAD_BYTES:end])
-        del buffer[:end]
-        try:
-            return _to_replica.decode(body)
-        except msgspec.MsgspecError as error:
-            raise ChannelError(f"unreadable message from the gateway: {error}") from error
 
 
 async def receive_from_replica(reader: asyncio.StreamReader) -> ToGateway | None:
@@ -98,6 +105,21 @@ async def receive_from_replica(reader: asyncio.StreamReader) -> ToGateway | None
         return _to_gateway.decode(body)
     except msgspec.MsgspecError as error:
         raise ChannelError(f"unreadable message from the replica: {error}") from error
+
+
+def _take(buffer: bytearray) -> ToReplica | None:
+    """Takes the first message out of a buffer; None while it is not whole."""
+    if len(buffer) < _HEAD_BYTES:
+        return None
+    end = _HEAD_BYTES + _checked_size(bytes(buffer[:_HEAD_BYTES]))
+    if len(buffer) < end:
+        return None
+    body = bytes(buffer[_HEAD_BYTES:end])
+    del buffer[:end]
+    try:
+        return _to_replica.decode(body)
+    except msgspec.MsgspecError as error:
+        raise ChannelError(f"unreadable message from the gateway: {error}") from error
 
 
 def _checked_size(head: bytes) -> int:
