@@ -123,7 +123,7 @@ class ChipLost(msgspec.Struct, tag=True):
 
 ToReplica = Load | Start | Abort | ResetPrefixCache | Stop
 ToGateway = LoadPhase | Ready | LoadFailed | StepDone | ChipLost
-ReplicaState = Literal["starting", "loading", "ready", "draining", "failed", "stopped"]
+ReplicaState = Literal["unloaded", "starting", "loading", "ready", "draining", "failed", "stopped"]
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """A frame is a 4-byte little-endian length and that many bytes of msgpack; longer ones end the connection."""

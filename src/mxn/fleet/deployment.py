@@ -32,7 +32,8 @@ class Deployment:
     Replicas come and go by `add` and `remove`; `spec.placements` says which there should be, and whoever starts the
     deployment adds them. What is asked of "the deployment" (info, stats, limits) is made of the replicas that are
     ready.
-    on_chip_lost: passed on to every keeper.
+    trouble: why it has fewer replicas than it should, in a person's words; empty when it has what it should have.
+    on_chip_lost, on_change: passed on to every keeper.
     """
 
     def __init__(
@@ -41,13 +42,16 @@ class Deployment:
         tokenizer: Tokenizer,
         launcher: Launcher | None = None,
         *,
+        on_change: Callable[[], None] = lambda: None,
         on_chip_lost: Callable[[PlacementSpec, str], None] = lambda placement, reason: None,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
         self.created_s = int(time.time())
         self._launcher = launcher or LocalLauncher()
+        self._tell_change = on_change
         self._on_chip_lost = on_chip_lost
+        self.trouble = ""
         self._keepers: dict[str, Keeper] = {}
         self._ending: ReplicaState | None = None
         self._num_past_restarts = 0
@@ -75,13 +79,17 @@ class Deployment:
         if self._ending is not None:
             return self._ending
         states = {keeper.state for keeper in self._keepers.values()}
+        if not states and self.trouble:
+            return "failed"
+        if not states and self.spec.is_on_demand:
+            return "unloaded"
         return next((state for state in _BEST_FIRST if state in states), "starting")
 
     @property
     def reason(self) -> str:
         """Why it is not ready, in a person's words."""
         keeper = self._telling
-        return keeper.reason if keeper is not None else ""
+        return (keeper.reason if keeper is not None else "") or self.trouble
 
     @property
     def load_phase(self) -> str:
@@ -295,6 +303,7 @@ class Deployment:
     def _on_change(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        self._tell_change()
 
     def _retry_after_s(self, num_streams: int) -> float:
         """Seconds until about half of the line has been served, judged by what the engines finished so far."""

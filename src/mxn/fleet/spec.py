@@ -1,4 +1,4 @@
-"""What a deployment should be: a model, and the placements of its replicas."""
+"""What a fleet should be: its deployments, each a model and the placements of its replicas."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Self
 
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
+from mxn.engine.messages import Load
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +20,8 @@ class PlacementSpec:
     chip_share: the share of its chips' energy that it answers for, when other placements are on them too.
     output_tokens_per_s, joules_per_token: what the plan expects of it at full load; the router goes by them until the
       replica has measured its own. None when nothing planned it.
+    memory_bytes: what it is expected to take of each of its chips' memory; 0 when nobody reckoned it.
+    why: how backend, chips and settings were chosen.
     """
 
     id: str
@@ -29,6 +32,8 @@ class PlacementSpec:
     chip_share: float = 1.0
     output_tokens_per_s: float | None = None
     joules_per_token: float | None = None
+    memory_bytes: int = 0
+    why: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +44,9 @@ class DeploymentSpec:
     max_queue: sequences that may wait beside those that run; more are refused with 429.
     stall_s: a replica that holds work and ends no step for so long is taken for hung.
     restart_delays_s: waits before each restart in a row; after the last one the placement stays failed.
+    keep_loaded: false loads it when it is first asked for, and unloads it when others need its room.
+    idle_unload_s: it is unloaded after so long without a request, and loaded again when asked for.
+    load_wait_s: how long a request waits for a model that is being loaded for it.
     """
 
     name: str
@@ -47,6 +55,14 @@ class DeploymentSpec:
     max_queue: int = 256
     stall_s: float = 60.0
     restart_delays_s: tuple[float, ...] = (0.0, 1.0, 5.0, 20.0)
+    keep_loaded: bool = True
+    idle_unload_s: float | None = None
+    load_wait_s: float = 60.0
+
+    @property
+    def is_on_demand(self) -> bool:
+        """True when it may be without a replica until somebody asks for it."""
+        return not self.keep_loaded or self.idle_unload_s is not None
 
     @classmethod
     def single(
@@ -62,3 +78,28 @@ class DeploymentSpec:
         """A deployment of one replica. fields: any others of this class."""
         placement = PlacementSpec(id=f"{name}/0", backend=backend, chips=chips, settings=settings or LoadSettings())
         return cls(name=name, model=model, placements=(placement,), **fields)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FleetSpec:
+    """All deployments, as far as there are chips for them.
+
+    memory_bytes: what replicas may take of each chip's memory together, by chip uid; a chip that is not named has room.
+    shortfalls: by deployment, why it has fewer replicas than it should.
+    """
+
+    deployments: Sequence[DeploymentSpec]
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    shortfalls: Mapping[str, str] = field(default_factory=dict)
+
+
+def load_of(spec: DeploymentSpec, placement: PlacementSpec) -> Load:
+    """What the replica of a placement is told to load."""
+    return Load(
+        backend=placement.backend,
+        model=spec.model,
+        settings=placement.settings,
+        chips=list(placement.chips),
+        max_waiting=spec.max_queue,
+        chip_share=placement.chip_share,
+    )
