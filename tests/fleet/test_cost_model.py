@@ -9,8 +9,9 @@ from mxn.config.cluster import BackendConfig
 from mxn.config.demand import LengthConfig, SloConfig
 from mxn.config.model_card import load_model_cards
 from mxn.core.chip import Chip
-from mxn.fleet.cost_model import CostModel, Engine, Missed, Prediction, engine_of
+from mxn.fleet.cost_model import UNCALIBRATED_GPU, CostModel, Engine, Missed, Prediction, engine_of
 from mxn.fleet.fit import GIB, Fit, fit_model
+from mxn.fleet.work import Shape
 
 H100 = load_chip_cards()["h100-sxm"]
 PARTS = (LengthConfig(share=1.0, prompt_tokens=1000, output_tokens=200),)
@@ -18,8 +19,9 @@ PARTS = (LengthConfig(share=1.0, prompt_tokens=1000, output_tokens=200),)
 
 def _model(name: str = "llama-3.1-8b-instruct", *, chips: float = 1) -> tuple[CostModel, Fit, Engine]:
     card = load_model_cards()[name]
-    spec, engine = card.architecture.spec(), engine_of(H100, "bf16", chips)
+    spec = card.architecture.spec()
     assert spec is not None
+    engine = engine_of(H100, "bf16", chips, spec.num_layers)
     assert isinstance(engine, Engine)
     fit = fit_model(
         card.architecture,
@@ -32,7 +34,13 @@ def _model(name: str = "llama-3.1-8b-instruct", *, chips: float = 1) -> tuple[Co
         memory_bytes=80 * GIB * min(1, chips),
         num_chips=max(1, int(chips)),
     )
-    return CostModel(card.architecture, spec, engine, (fit.weights.value or 0) * max(1, int(chips))), fit, engine
+    whole = max(1, int(chips))
+    shape = Shape(
+        spec=spec,
+        weight_bytes=(fit.weights.value or 0) * whole,
+        kv_bytes_per_token=fit.kv_bytes_per_token * whole,
+    )
+    return CostModel(shape, engine), fit, engine
 
 
 def _predict(slo: SloConfig | None = None, **arguments: float) -> Prediction | Missed:
@@ -42,14 +50,15 @@ def _predict(slo: SloConfig | None = None, **arguments: float) -> Prediction | M
 
 def test_a_decode_step_of_one_sequence_reads_the_weights_once() -> None:
     model, fit, engine = _model()
-    rates = engine.rates
-    least = (fit.weights.value or 0) / (engine.bytes_per_s * rates.bandwidth_share) + rates.step_s
+    costs = engine.times.decode
+    assert costs.weight_bytes == pytest.approx(1 / (3350e9 * UNCALIBRATED_GPU.bandwidth_share))
+    least = (fit.weights.value or 0) * costs.weight_bytes + UNCALIBRATED_GPU.step_s
     assert model.decode_s(1, 0.0) == pytest.approx(least, rel=0.01)
 
 
 def test_larger_batches_take_longer_and_yield_more() -> None:
     model, _, _ = _model()
-    times = [model.decode_s(batch, 1e8) for batch in (1, 8, 64)]
+    times = [model.decode_s(batch, 1000) for batch in (1, 8, 64)]
     assert times == sorted(times)
     assert 64 / times[2] > 8 / times[1] > 1 / times[0]
 
@@ -58,15 +67,40 @@ def test_a_mixture_reads_few_experts_for_one_token_and_all_for_many() -> None:
     card = load_model_cards()["qwen3-30b-a3b"]
     spec = card.architecture.spec()
     assert spec is not None
-    engine = engine_of(H100, "bf16", 1)
-    assert isinstance(engine, Engine)
-    bare = replace(engine, flops=1e30, rates=replace(engine.rates, step_s=0.0))
-    weights = 2.0 * (spec.num_parameters or 0)
-    model = CostModel(card.architecture, spec, bare, weights)
+    architecture = card.architecture
+    shape = Shape(
+        spec=spec,
+        weight_bytes=2.0 * (spec.num_parameters or 0),
+        kv_bytes_per_token=1.0,
+        num_experts=architecture.num_experts,
+        num_experts_per_token=architecture.num_experts_per_token,
+    )
     active = (spec.num_active_parameters or 0) / (spec.num_parameters or 1)
-    whole = weights / (bare.bytes_per_s * bare.rates.bandwidth_share)
-    assert model.decode_s(1, 0.0) == pytest.approx(active * whole, rel=0.01)
-    assert model.decode_s(512, 0.0) == pytest.approx(whole, rel=0.01)
+    assert shape.decode(1, 0).weight_bytes == pytest.approx(active * shape.weight_bytes, rel=0.01)
+    assert shape.decode(512, 0).weight_bytes == pytest.approx(shape.weight_bytes, rel=0.01)
+
+
+def test_a_window_bounds_what_a_layer_reads_and_scores() -> None:
+    card = load_model_cards()["gemma-3-27b-it"]
+    spec = card.architecture.spec()
+    assert spec is not None
+    shape = Shape(spec=spec, weight_bytes=1.0, kv_bytes_per_token=1.0)
+    full = replace(shape, spec=replace(spec, layer_windows=()))
+    assert shape.decode(1, 500).kv_bytes == full.decode(1, 500).kv_bytes == 500
+    slides = sum(window is not None for window in spec.layer_windows) / spec.num_layers
+    assert shape.decode(1, 100_000).kv_bytes == pytest.approx(slides * 1024 + (1 - slides) * 100_000)
+
+
+def test_a_prompt_in_chunks_is_the_work_of_its_steps() -> None:
+    model = load_model_cards()["llama-3.1-8b-instruct"]
+    spec = model.architecture.spec()
+    assert spec is not None
+    shape = Shape(spec=spec, weight_bytes=1e9, kv_bytes_per_token=1e5)
+    whole = shape.prefill(1000, step_tokens=512)
+    parts = [shape.step([(0, 512)], 0), shape.step([(512, 488)], 1)]
+    for name in ("weight_bytes", "linear_flops", "head_flops", "sequences", "steps"):
+        assert getattr(whole, name) == pytest.approx(sum(getattr(part, name) for part in parts))
+    assert whole.attention_flops == pytest.approx(sum(part.attention_flops for part in parts), rel=0.01)
 
 
 def test_a_prediction_keeps_its_limits_and_a_tighter_limit_costs_capacity() -> None:
@@ -100,11 +134,11 @@ def test_watts_lie_between_idle_and_tdp_of_the_chips() -> None:
 
 
 def test_a_card_without_a_needed_figure_gives_its_name_not_a_number() -> None:
-    assert engine_of(load_chip_cards()["hygon-k100"], "bf16", 1) == "the card of hygon-k100 has no memory bandwidth"
+    assert engine_of(load_chip_cards()["hygon-k100"], "bf16", 1, 1) == "the card of hygon-k100 has no memory bandwidth"
     blank = H100.model_copy(
         update={"compute": H100.compute.model_copy(update={"bf16_tflops": None, "fp16_tflops": None})}
     )
-    assert engine_of(blank, "bf16", 1) == "the card of h100-sxm has no rate that bf16 could be computed at"
-    nameless = engine_of(H100.model_copy(update={"tdp_w": None}), "bf16", 1)
+    assert engine_of(blank, "bf16", 1, 1) == "the card of h100-sxm has no rate that bf16 could be computed at"
+    nameless = engine_of(H100.model_copy(update={"tdp_w": None}), "bf16", 1, 1)
     assert isinstance(nameless, Engine)
-    assert nameless.tdp_w is None
+    assert nameless.full_w is None

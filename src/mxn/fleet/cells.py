@@ -13,9 +13,11 @@ from mxn.config.deployments import DeploymentConfig
 from mxn.config.model_card import ModelCard, Quantisation
 from mxn.core.model import ModelSpec
 from mxn.errors import BackendError, ConfigError
-from mxn.fleet.cost_model import CostModel, Missed, Prediction, engine_of
-from mxn.fleet.fit import GIB, Fit, backend_named, fit_model
+from mxn.fleet.calibration.fitting import Calibrated
+from mxn.fleet.cost_model import CostModel, Engine, Missed, Prediction, calibrated_engine, engine_of
+from mxn.fleet.fit import GIB, Fit, backend_named, fit_model, installed_versions
 from mxn.fleet.inventory import ChipGroup, ChipKind, Inventory
+from mxn.fleet.work import Shape
 
 _PARTS_OF_A_CHIP = (0.125, 0.25, 0.5)
 _NO_LOAD = (LengthConfig(share=1.0, prompt_tokens=512, output_tokens=128),)
@@ -115,9 +117,9 @@ class CellFinder:
             return
         if spec is None:
             raise ConfigError(f'the model card "{card.name}" lacks architecture facts that a plan needs')
-        if kind.card is None:
+        if kind.card is None and not self._inventory.calibration:
             reason = f'no chip card matches "{kind.chip.name}": add one under cluster.chips, with matches'
-            yield no("card", reason)
+            yield no("card", f"{reason}, or measure it with `mxn calibrate`")
             return
         if not group.backends:
             yield no("backend", "no backend reaches it: declare one under cluster.backends")
@@ -156,7 +158,7 @@ class CellFinder:
         refused: Rejection | None = None
         any_fits = False
         for chips in sizes:
-            found = _reckon(deployment, card, spec, group, kind, backend, quantisation, chips)
+            found = self._reckon(deployment, card, spec, group, kind, backend, quantisation, chips)
             if isinstance(found, Candidate):
                 any_fits = True
                 yield found
@@ -166,6 +168,82 @@ class CellFinder:
             yield refused
         if not sizes:
             raise BackendError(f"{name} runs on no number of chips of {kind.name}")
+
+    def _reckon(
+        self,
+        deployment: DeploymentConfig,
+        card: ModelCard,
+        spec: ModelSpec,
+        group: ChipGroup,
+        kind: ChipKind,
+        backend: str | BackendConfig,
+        quantisation: Quantisation,
+        chips: float,
+    ) -> Candidate | Rejection:
+        name = backend if isinstance(backend, str) else backend.name
+        memory = group.memory_bytes * min(1.0, chips)
+
+        def no(constraint: str, reason: str, margin: float | None = None, unit: str = "") -> Rejection:
+            return Rejection(
+                kind=kind.name,
+                backend=name,
+                quantisation=quantisation,
+                chips=chips,
+                constraint=constraint,
+                reason=reason,
+                margin=margin,
+                unit=unit,
+            )
+
+        context = planned_context(deployment, spec)
+        fit = fit_model(
+            card.architecture,
+            spec,
+            backend,
+            kind.chip,
+            quantisation=quantisation,
+            context=context,
+            sequences=1,
+            memory_bytes=memory,
+            num_chips=max(1, int(chips)),
+            max_num_seqs=deployment.max_num_seqs,
+            max_step_tokens=deployment.max_step_tokens,
+            seen=self._inventory.memory,
+        )
+        if fit.verdict == "unknown":
+            unknown = next(part for part in fit.parts.values() if part.value is None)
+            return no("memory", f"its memory cannot be reckoned: {unknown.source}")
+        if fit.verdict != "fits":
+            needed, there = (fit.most_bytes or 0) / GIB, fit.available_bytes / GIB
+            text = f"needs up to {needed:.1f} GiB per chip at {context} tokens of context, has {there:.1f}"
+            return no("memory", text, fit.missing_bytes / GIB, "GiB")
+        calibrated = self._calibrated(spec, kind, backend, quantisation) if chips <= 1 else None
+        engine = _engine(calibrated, kind, quantisation, chips, spec.num_layers)
+        if isinstance(engine, str):
+            return no("card", engine)
+        model = CostModel(_shape(card, spec, fit, chips, calibrated), engine)
+        found = model.predict(load_parts(deployment), deployment.slo, fit, deployment.max_num_seqs)
+        if isinstance(found, Missed):
+            text = f"{found.best:.0f} ms at best, {found.asked:.0f} asked"
+            return no(found.limit, text, found.best - found.asked, "ms")
+        cell = Cell(kind=kind.name, backend=name, quantisation=quantisation, chips=chips)
+        return Candidate(cell=cell, fit=fit, prediction=found, memory_bytes=memory)
+
+    def _calibrated(
+        self, spec: ModelSpec, kind: ChipKind, backend: str | BackendConfig, quantisation: Quantisation
+    ) -> Calibrated | None:
+        """What was measured of the model on the chip, or of others; None when nothing was."""
+        name = backend if isinstance(backend, str) else backend.name
+        if not self._inventory.calibration:
+            return None
+        return self._inventory.calibration.find(
+            spec,
+            chip=kind.chip,
+            is_here=kind.is_here,
+            backend=name,
+            versions=installed_versions(name) if name in _installed() else {},
+            quantisation=quantisation,
+        )
 
 
 def load_parts(deployment: DeploymentConfig) -> tuple[LengthConfig, ...]:
@@ -178,65 +256,31 @@ def planned_context(deployment: DeploymentConfig, spec: ModelSpec) -> int:
     return min(deployment.context_length or spec.max_context, spec.max_context)
 
 
-def _reckon(
-    deployment: DeploymentConfig,
-    card: ModelCard,
-    spec: ModelSpec,
-    group: ChipGroup,
-    kind: ChipKind,
-    backend: str | BackendConfig,
-    quantisation: Quantisation,
-    chips: float,
-) -> Candidate | Rejection:
-    name = backend if isinstance(backend, str) else backend.name
-    memory = group.memory_bytes * min(1.0, chips)
-
-    def no(constraint: str, reason: str, margin: float | None = None, unit: str = "") -> Rejection:
-        return Rejection(
-            kind=kind.name,
-            backend=name,
-            quantisation=quantisation,
-            chips=chips,
-            constraint=constraint,
-            reason=reason,
-            margin=margin,
-            unit=unit,
-        )
-
-    context = planned_context(deployment, spec)
-    fit = fit_model(
-        card.architecture,
-        spec,
-        backend,
-        kind.chip,
-        quantisation=quantisation,
-        context=context,
-        sequences=1,
-        memory_bytes=memory,
-        num_chips=max(1, int(chips)),
-        max_num_seqs=deployment.max_num_seqs,
-        max_step_tokens=deployment.max_step_tokens,
-    )
-    if fit.verdict == "unknown":
-        unknown = next(part for part in fit.parts.values() if part.value is None)
-        return no("memory", f"its memory cannot be reckoned: {unknown.source}")
-    if fit.verdict != "fits":
-        needed, there = (fit.most_bytes or 0) / GIB, fit.available_bytes / GIB
-        text = f"needs up to {needed:.1f} GiB per chip at {context} tokens of context, has {there:.1f}"
-        return no("memory", text, fit.missing_bytes / GIB, "GiB")
+def _engine(
+    calibrated: Calibrated | None, kind: ChipKind, quantisation: str, chips: float, num_layers: int
+) -> Engine | str:
+    """The chips with what was measured of them, else with their card's rates; the reason where there is neither."""
+    if calibrated is not None:
+        return calibrated_engine(calibrated, kind.card, chips)
     if kind.card is None:
-        return no("card", "no chip card matches it")
-    engine = engine_of(kind.card, quantisation, chips)
-    if isinstance(engine, str):
-        return no("card", engine)
-    weights = (fit.weights.value or 0.0) * max(1, int(chips))
-    model = CostModel(card.architecture, spec, engine, weights)
-    found = model.predict(load_parts(deployment), deployment.slo, fit, deployment.max_num_seqs)
-    if isinstance(found, Missed):
-        text = f"{found.best:.0f} ms at best, {found.asked:.0f} asked"
-        return no(found.limit, text, found.best - found.asked, "ms")
-    cell = Cell(kind=kind.name, backend=name, quantisation=quantisation, chips=chips)
-    return Candidate(cell=cell, fit=fit, prediction=found, memory_bytes=memory)
+        return f'no chip card matches "{kind.chip.name}", and `mxn calibrate` did not measure this cell'
+    return engine_of(kind.card, quantisation, chips, num_layers)
+
+
+def _shape(card: ModelCard, spec: ModelSpec, fit: Fit, chips: float, calibrated: Calibrated | None) -> Shape:
+    """The model as its work is reckoned: as it was loaded where that was seen, else as the fit estimates it."""
+    num_chips = max(1, int(chips))
+    weights, per_token = (fit.weights.value or 0.0) * num_chips, fit.kv_bytes_per_token * num_chips
+    if calibrated is not None:
+        weights = calibrated.weight_bytes or weights
+        per_token = spec.kv_bytes_per_token(calibrated.kv_bytes_per_element)
+    return Shape(
+        spec=spec,
+        weight_bytes=weights,
+        kv_bytes_per_token=per_token,
+        num_experts=card.architecture.num_experts,
+        num_experts_per_token=card.architecture.num_experts_per_token,
+    )
 
 
 def _allowed(deployment: DeploymentConfig, card: ModelCard) -> tuple[Quantisation, ...]:

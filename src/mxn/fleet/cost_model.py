@@ -1,21 +1,21 @@
-"""What a replica yields: time to first token, time per token, requests/s within the SLO, watts; from cards by formula.
+"""What a replica yields: time to first token, time per token, requests/s within the SLO, watts.
 
 A step reads the weights and every sequence's KV cache and computes two operations per parameter and token; time is the
-sum of the parts, each at the share of the data sheet's rate that is reached in practice. Those shares are `Rates`: they
-are guesses until a machine was calibrated, and everything computed with guesses says "uncalibrated".
+sum of the parts. What each part costs comes from profiles where this machine was calibrated, else from the chip's card
+and assumed shares of its rates, and everything computed with those says "uncalibrated".
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mxn.config.chip_card import ChipCard
 from mxn.config.demand import LengthConfig, SloConfig
-from mxn.config.model_card import Architecture
-from mxn.core.model import ModelSpec
+from mxn.fleet.calibration.fitting import Calibrated, Kind, StepTimes
 from mxn.fleet.fit import Fit
+from mxn.fleet.work import Costs, Shape
 
 UTILISATION = 0.8
 """Share of its time a replica is planned to be busy; the rest keeps queues short."""
@@ -65,14 +65,20 @@ UNCALIBRATED_CPU = Rates(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Engine:
-    """Chips that run one replica. `num_chips` below 1 is a share of one chip. bytes_per_s, flops: of one chip."""
+    """Chips that run one replica. `num_chips` below 1 is a share of one chip.
+
+    idle_w, full_w: of one chip without load and at its most; None when nobody knows them.
+    prefill_power_share, decode_power_share: of the watts between the two, while it does nothing else.
+    load_s: to load the model, None when it was never loaded here.
+    """
 
     num_chips: float
-    bytes_per_s: float
-    flops: float
-    tdp_w: float | None
+    times: StepTimes
     idle_w: float | None
-    rates: Rates
+    full_w: float | None
+    prefill_power_share: float
+    decode_power_share: float
+    load_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +86,8 @@ class Prediction:
     """One replica within its SLO.
 
     ttft_s: at the SLO's percentile. batch: sequences decoded together. requests_per_s: capacity.
-    busy_w, idle_w: of all its chips, None when the card does not know its watts. limited_by: what caps the capacity.
+    busy_w, idle_w: of all its chips, None when nobody knows them. limited_by: what caps the capacity.
+    calibration: whether its times were measured; calibration_source: with what, and the margin in them.
     """
 
     ttft_s: float
@@ -92,6 +99,8 @@ class Prediction:
     idle_w: float | None
     load_s: float
     limited_by: str
+    calibration: Kind
+    calibration_source: str
 
     @property
     def tokens_per_watt(self) -> float | None:
@@ -109,45 +118,34 @@ class Missed:
 
 
 class CostModel:
-    """Times of one model on one engine. weight_bytes: of the whole model, as quantised."""
+    """Times of one model on one engine, the margins of its figures added."""
 
-    def __init__(self, architecture: Architecture, spec: ModelSpec, engine: Engine, weight_bytes: float) -> None:
-        self._spec, self._engine, self._weight_bytes = spec, engine, weight_bytes
-        self._parameters = float(spec.num_parameters or 0)
-        self._active = float(spec.num_active_parameters or self._parameters)
-        self._experts = (architecture.num_experts, architecture.num_experts_per_token)
-        rates = engine.rates
-        self._bytes_per_s = engine.bytes_per_s * engine.num_chips * rates.bandwidth_share
-        self._flops = engine.flops * engine.num_chips * rates.compute_share
-        exchanges = 2 * spec.num_layers if engine.num_chips > 1 else 0
-        self._fixed_s = rates.step_s + exchanges * rates.layer_exchange_s
+    def __init__(self, shape: Shape, engine: Engine) -> None:
+        self._shape, self._engine, self._times = shape, engine, engine.times
 
     def prefill_s(self, tokens: float) -> float:
         """To compute the KV of one prompt."""
-        linear = 2 * self._active * tokens
-        attention = 4 * self._spec.num_layers * self._spec.hidden_size * tokens * tokens
-        return (linear + attention) / self._flops + self._read_bytes(tokens) / self._bytes_per_s + self._fixed_s
+        work = self._shape.prefill(tokens, step_tokens=self._times.step_tokens)
+        return (1 + self._times.prefill_margin) * self._times.prefill.seconds(work)
 
-    def decode_s(self, batch: float, kv_bytes: float) -> float:
-        """One step that gives each of `batch` sequences a token; kv_bytes: of one sequence, over all chips."""
-        memory = (self._read_bytes(batch) + batch * kv_bytes) / self._bytes_per_s
-        return memory + 2 * self._active * batch / self._flops + self._fixed_s
+    def decode_s(self, batch: float, context: float) -> float:
+        """One step that gives each of `batch` sequences of so many tokens one more."""
+        return (1 + self._times.decode_margin) * self._times.decode.seconds(self._shape.decode(batch, context))
 
     def predict(self, parts: tuple[LengthConfig, ...], slo: SloConfig, fit: Fit, max_batch: int) -> Prediction | Missed:
         """Capacity within the SLO, or the first limit that even one request at a time misses."""
         prompt = sum(part.share * part.prompt_tokens for part in parts)
         output = sum(part.share * part.output_tokens for part in parts)
-        chips = max(1.0, self._engine.num_chips)
-        kv_bytes = fit.kv_bytes_per_token * chips * (prompt + output / 2)
+        context = prompt + output / 2
         room = int(fit.kv_room_bytes // max(1.0, fit.kv_bytes_per_token * (prompt + output)))
         most, limited_by = min(max(1, room), max_batch), "memory" if room < max_batch else "max_num_seqs"
         if slo.tpot_ms is not None:
             limit_s = slo.tpot_ms / 1e3
-            if self.decode_s(1, kv_bytes) > limit_s:
-                return Missed(limit="tpot_ms", asked=slo.tpot_ms, best=1e3 * self.decode_s(1, kv_bytes))
-            within = _largest(most, lambda batch: self.decode_s(batch, kv_bytes) <= limit_s)
+            if self.decode_s(1, context) > limit_s:
+                return Missed(limit="tpot_ms", asked=slo.tpot_ms, best=1e3 * self.decode_s(1, context))
+            within = _largest(most, lambda batch: self.decode_s(batch, context) <= limit_s)
             most, limited_by = (within, "tpot_ms") if within < most else (most, limited_by)
-        step_s = self.decode_s(most, kv_bytes)
+        step_s = self.decode_s(most, context)
         prefill_s = sum(part.share * self.prefill_s(part.prompt_tokens) for part in parts)
         capacity = UTILISATION / (prefill_s + output * step_s / most)
         longest_s = self.prefill_s(_prompt_at(parts, slo.percentile)) + step_s
@@ -171,43 +169,95 @@ class CostModel:
             output_tokens_per_s=capacity * output,
             busy_w=busy_w,
             idle_w=idle_w,
-            load_s=_START_S + self._weight_bytes / _LOAD_BYTES_PER_S,
+            load_s=self._engine.load_s or _START_S + self._shape.weight_bytes / _LOAD_BYTES_PER_S,
             limited_by=limited_by,
+            calibration=self._times.kind,
+            calibration_source=self._times.source,
         )
-
-    def _read_bytes(self, tokens: float) -> float:
-        """Weights read in a step of so many tokens: of a mixture, those of the experts that are hit."""
-        experts, chosen = self._experts
-        if not experts or not chosen or self._active >= self._parameters:
-            return self._weight_bytes
-        in_experts = (self._parameters - self._active) / (1 - chosen / experts) / self._parameters
-        hit = 1 - math.pow(1 - chosen / experts, tokens)
-        return self._weight_bytes * min(1.0, 1 - in_experts + in_experts * hit)
 
     def _watts(self, prefill_share: float, decode_share: float) -> tuple[float | None, float | None]:
         """Mean watts at capacity, and without load."""
-        engine, rates = self._engine, self._engine.rates
-        if engine.tdp_w is None:
+        engine = self._engine
+        if engine.idle_w is None or engine.full_w is None:
             return None, None
-        idle = engine.idle_w if engine.idle_w is not None else rates.idle_share * engine.tdp_w
-        activity = min(1.0, prefill_share * rates.prefill_power_share + decode_share * rates.decode_power_share)
-        return engine.num_chips * (idle + (engine.tdp_w - idle) * activity), engine.num_chips * idle
+        activity = min(1.0, prefill_share * engine.prefill_power_share + decode_share * engine.decode_power_share)
+        busy = engine.idle_w + max(0.0, engine.full_w - engine.idle_w) * activity
+        return engine.num_chips * busy, engine.num_chips * engine.idle_w
 
 
-def engine_of(card: ChipCard, quantisation: str, num_chips: float) -> Engine | str:
-    """The card's rates for a format, or which figure the card lacks."""
+def engine_of(card: ChipCard, quantisation: str, num_chips: float, num_layers: int) -> Engine | str:
+    """An engine by the card's rates for a format, or which figure the card lacks."""
     if card.memory_bandwidth_gb_s is None:
         return f"the card of {card.id} has no memory bandwidth"
     flops = _flops(card, quantisation)
     if flops is None:
         return f"the card of {card.id} has no rate that {quantisation} could be computed at"
+    rates = assumed_rates(card)
+    per_byte = 1 / (card.memory_bandwidth_gb_s.value * 1e9 * num_chips * rates.bandwidth_share)
+    per_flop = 1 / (flops * num_chips * rates.compute_share)
+    exchanges = 2 * num_layers if num_chips > 1 else 0
+    costs = Costs(
+        weight_bytes=per_byte,
+        kv_bytes=per_byte,
+        linear_flops=per_flop,
+        attention_flops=per_flop,
+        head_flops=per_flop,
+        steps=rates.step_s + exchanges * rates.layer_exchange_s,
+    )
     return Engine(
         num_chips=num_chips,
-        bytes_per_s=card.memory_bandwidth_gb_s.value * 1e9,
-        flops=flops,
-        tdp_w=card.tdp_w.value if card.tdp_w else None,
-        idle_w=card.idle_w.value if card.idle_w else None,
-        rates=UNCALIBRATED_CPU if card.kind == "cpu" else UNCALIBRATED_GPU,
+        times=StepTimes(prefill=costs, decode=costs, kind="uncalibrated", source=rates.source),
+        idle_w=card_idle_w(card),
+        full_w=card.tdp_w.value if card.tdp_w else None,
+        prefill_power_share=rates.prefill_power_share,
+        decode_power_share=rates.decode_power_share,
+    )
+
+
+def calibrated_engine(found: Calibrated, card: ChipCard | None, num_chips: float) -> Engine:
+    """An engine by what was measured; a share of a chip takes so much longer. Watts nobody metered are the card's.
+
+    num_chips: at most 1, since profiles are of one chip.
+    """
+    rates = assumed_rates(card) if card else UNCALIBRATED_CPU
+    idle_w, full_w = found.power.idle_w, found.power.busy_w
+    is_metered = idle_w is not None and full_w is not None
+    if not is_metered:
+        idle_w, full_w = card_idle_w(card) if card else None, card.tdp_w.value if card and card.tdp_w else None
+    times = found.times
+    return Engine(
+        num_chips=num_chips,
+        times=replace(times, prefill=_slowed(times.prefill, num_chips), decode=_slowed(times.decode, num_chips)),
+        idle_w=idle_w,
+        full_w=full_w,
+        prefill_power_share=rates.prefill_power_share,
+        decode_power_share=1.0 if is_metered else rates.decode_power_share,
+        load_s=found.load_s,
+    )
+
+
+def assumed_rates(card: ChipCard) -> Rates:
+    """The shares assumed for a card's chip."""
+    return UNCALIBRATED_CPU if card.kind == "cpu" else UNCALIBRATED_GPU
+
+
+def card_idle_w(card: ChipCard) -> float | None:
+    """Watts without load: the card's, or the assumed share of its TDP; None when it knows neither."""
+    if card.idle_w is not None or card.tdp_w is None:
+        return card.idle_w.value if card.idle_w else None
+    return assumed_rates(card).idle_share * card.tdp_w.value
+
+
+def _slowed(costs: Costs, share: float) -> Costs:
+    """Costs on a share of the chip: all but what a step takes beside its work."""
+    return Costs(
+        weight_bytes=costs.weight_bytes / share,
+        kv_bytes=costs.kv_bytes / share,
+        linear_flops=costs.linear_flops / share,
+        attention_flops=costs.attention_flops / share,
+        head_flops=costs.head_flops / share,
+        sequences=costs.sequences / share,
+        steps=costs.steps,
     )
 
 

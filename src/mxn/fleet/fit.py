@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
+from mxn import __version__
 from mxn.backends.base import MemoryEstimate
 from mxn.backends.registry import load_backend
 from mxn.config.cluster import BackendConfig
@@ -13,6 +15,7 @@ from mxn.config.model_card import Architecture
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, ModelSpec, QuantisationName
 from mxn.core.quantity import Provenance, Quantity
+from mxn.fleet.calibration.memory import MemoryObservation, corrected, versions_text
 
 GIB = 1 << 30
 RESERVE_SHARE = 0.05
@@ -20,7 +23,7 @@ RESERVE_SHARE = 0.05
 BYTES_PER_PARAMETER = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0, "fp8": 1.0, "int8": 1.06, "int4": 0.56}
 """Scales and zero points of int8 and int4 included."""
 
-backend_named = lru_cache(maxsize=None)(load_backend)
+backend_named = cache(load_backend)
 """A backend's object, made once: finding it reads the metadata of every package that is installed."""
 
 Verdict = Literal["fits", "may fit", "does not fit", "unknown"]
@@ -100,13 +103,14 @@ def fit_model(
     num_chips: int = 1,
     max_num_seqs: int = 64,
     max_step_tokens: int = 512,
+    seen: Sequence[MemoryObservation] = (),
 ) -> Fit:
     """What one replica takes on each of its chips.
 
     Args: sequences: held at full `context` at once. memory_bytes: of one chip, or the part of it that the replica may
-        have. num_chips: it is split over; weights and KV cache are divided among them.
+        have. num_chips: it is split over; weights and KV cache are divided among them. seen: what loads took before.
     """
-    per_token = kv_bytes_per_token(architecture, spec, 4.0 if quantisation == "fp32" else 2.0)
+    per_token = _kv_bytes_per_token(architecture, spec, backend, chip, quantisation)
     kv_bytes = per_token * context * sequences
     settings = LoadSettings(
         quantisation=quantisation,
@@ -118,7 +122,15 @@ def fit_model(
     if isinstance(backend, BackendConfig):
         estimate = _declared_estimate(spec, settings, backend)
     else:
-        estimate = backend_named(backend).estimate(spec, settings, chip)
+        estimate = corrected(
+            backend_named(backend).estimate(spec, settings, chip),
+            seen,
+            family=spec.architecture,
+            chip=chip.name,
+            backend=backend,
+            versions=versions_text(installed_versions(backend)) if seen else "",
+            quantisation=quantisation,
+        )
     kv = Quantity(
         value=kv_bytes / num_chips,
         unit="B",
@@ -146,6 +158,33 @@ def kv_bytes_per_token(architecture: Architecture, spec: ModelSpec, bytes_per_el
     if architecture.latent_kv_dim is not None:
         return spec.num_layers * architecture.latent_kv_dim * bytes_per_element
     return spec.kv_bytes_per_token(bytes_per_element)
+
+
+def installed_versions(backend: str) -> dict[str, str]:
+    """Versions of mxn and of the backend's libraries here: what measurements hold for."""
+    return {"mxn": __version__, **_probed_versions(backend)}
+
+
+@cache
+def _probed_versions(backend: str) -> dict[str, str]:
+    return backend_named(backend).probe().versions
+
+
+def _kv_bytes_per_token(
+    architecture: Architecture,
+    spec: ModelSpec,
+    backend: str | BackendConfig,
+    chip: Chip,
+    quantisation: QuantisationName,
+) -> float:
+    """Half precision, or float32 beside float32 weights; a backend that keeps slots is asked how large one is."""
+    by_formula = kv_bytes_per_token(architecture, spec, 4.0 if quantisation == "fp32" else 2.0)
+    if isinstance(backend, BackendConfig) or backend_named(backend).capabilities(chip).kv != "slots":
+        return by_formula
+    tokens = min(1024, spec.max_context)
+    settings = LoadSettings(quantisation=quantisation, context_length=tokens, max_num_seqs=1)
+    value = backend_named(backend).estimate(spec, settings, replace(chip, memory_bytes=1 << 62)).kv_cache.value
+    return value / tokens if value else by_formula
 
 
 def _divided(quantity: Quantity, parts: int) -> Quantity:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mxn.config.chip_card import ChipCard, find_chip_card, load_chip_cards
 from mxn.config.cluster import BackendConfig, ClusterConfig, NodeConfig
 from mxn.core.chip import Chip
 from mxn.errors import ConfigError
+from mxn.fleet.calibration.fitting import Calibration
+from mxn.fleet.calibration.memory import MemoryObservation
 
 GIB = 1 << 30
 
@@ -64,6 +66,7 @@ class Inventory:
     """Every physical chip once. rack_power_w: of racks that have a budget. declared: backends that only the file knows.
 
     unused_chips_idle: chips without replicas draw their idle watts; otherwise they are off.
+    calibration, memory: what `mxn calibrate` measured and what loads were seen to take.
     """
 
     kinds: Mapping[str, ChipKind]
@@ -72,6 +75,8 @@ class Inventory:
     site_power_w: float | None
     unused_chips_idle: bool
     declared: Mapping[str, BackendConfig]
+    calibration: Calibration = field(default_factory=Calibration)
+    memory: tuple[MemoryObservation, ...] = ()
 
     def num_chips(self, kind: str) -> int:
         """Chips of a kind."""

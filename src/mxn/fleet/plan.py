@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mxn.config.deployments import DeploymentsFile
 from mxn.config.model_card import load_model_cards
+from mxn.fleet.calibration.fitting import Calibration
+from mxn.fleet.calibration.store import MeasurementStore
 from mxn.fleet.cells import Candidate, Rejection
 from mxn.fleet.inventory import Inventory, change_inventory, take_inventory
 from mxn.fleet.planner.problem import SLICES_PER_CHIP, Demand, Option
@@ -24,7 +26,7 @@ class Placement:
     """Replicas of one deployment in one pool.
 
     pool: "node/kind". seats: each replica's node and chips. memory_gib: on each chip, KV cache of one full sequence
-    included. watts: of one busy replica.
+    included. watts: of one busy replica. calibration: where its times come from, in a sentence.
     """
 
     pool: str
@@ -45,6 +47,7 @@ class Placement:
     tokens_per_watt: float | None
     load_s: float
     limited_by: str
+    calibration: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,15 +121,23 @@ class Plan:
 
 
 def make_plan(
-    file: DeploymentsFile, *, what_if: str = "", effort: Effort | None = None, running: Running | None = None
+    file: DeploymentsFile,
+    *,
+    what_if: str = "",
+    effort: Effort | None = None,
+    running: Running | None = None,
+    store: MeasurementStore | None = None,
 ) -> Plan:
     """The plan for a checked `mxn.yaml`. Computes, changes nothing.
 
     Args: what_if: chips to add and to take away, as in "+2 mi300x,-1 h100-sxm". effort: instead of the file's.
-        running: replicas that are moved only when it is worth it.
+        running: replicas that are moved only when it is worth it. store: of measurements; the user's when left out.
     Raises: ConfigError when it cannot be planned at all.
     """
-    inventory = take_inventory(file.cluster)
+    measured = store or MeasurementStore()
+    inventory = replace(
+        take_inventory(file.cluster), calibration=Calibration(measured.profiles()), memory=measured.memory()
+    )
     if what_if:
         inventory = change_inventory(inventory, what_if)
     posed = pose(file.deployments, file.policy, inventory, load_model_cards(), running)
@@ -139,8 +150,7 @@ def make_plan(
         for placement in planned.placements:
             used[placement.kind] += placement.replicas * placement.chips_per_replica
     return Plan(
-        calibration="uncalibrated: ranked on data sheets and assumed shares of their rates; "
-        "figures may be off by half or more",
+        calibration=_calibration(posed),
         objective=file.policy.objectives,
         deployments=deployments,
         stages=outcome.stages,
@@ -150,6 +160,29 @@ def make_plan(
         chips_used=used,
         chips_there={kind: inventory.num_chips(kind) for kind in inventory.kinds},
         prices=tuple(_prices(posed, outcome, file.policy.objectives[0])),
+    )
+
+
+def _calibration(posed: Posed) -> str:
+    """What the ranking rests on: every cell that was a candidate counts, chosen or not."""
+    cells = {
+        (posed.cards[name].name, candidate.cell.name): candidate.prediction.calibration
+        for name, options in posed.options.items()
+        for candidate in options.values()
+    }
+    kinds = list(cells.values())
+    assumed = kinds.count("uncalibrated")
+    if assumed == len(kinds):
+        return (
+            "uncalibrated: ranked on data sheets and assumed shares of their rates; figures may be off by half or more"
+        )
+    measured, scaled = kinds.count("measured"), kinds.count("scaled")
+    counts = ", ".join(f"{count} {word}" for count, word in ((measured, "measured"), (scaled, "scaled")) if count)
+    if not assumed:
+        return f"calibrated: all {len(kinds)} cells are ranked on measurements ({counts})"
+    return (
+        f"partly uncalibrated: of {len(kinds)} cells {counts}; {assumed} are ranked on data sheets and assumed shares, "
+        "and may be off by half or more beside the others"
     )
 
 
@@ -212,6 +245,7 @@ def _placement(option: Option, candidate: Candidate, seats: Sequence[Seat]) -> P
         tokens_per_watt=found.tokens_per_watt,
         load_s=found.load_s,
         limited_by=found.limited_by,
+        calibration=found.calibration_source,
     )
 
 

@@ -79,6 +79,7 @@ def _reasons(deployment: PlannedDeployment) -> Iterator[str]:
             f"  chosen: {placement.replicas} x {placement.pool} {placement.backend} {placement.quantisation}, "
             f"{placement.batch} sequences at once, limited by {placement.limited_by}, loads in {placement.load_s:.0f} s"
         )
+        yield f"    times {placement.calibration}"
         more = len(placement.seats) - _SEATS_SHOWN
         yield f"    on {', '.join(placement.seats[:_SEATS_SHOWN])}" + (f" and {more} more" if more > 0 else "")
     if deployment.runner_up is not None:

@@ -10,6 +10,7 @@ from mxn.config.deployments import DeploymentConfig
 from mxn.config.model_card import ModelCard, find_model_card
 from mxn.errors import ConfigError
 from mxn.fleet.cells import Candidate, Cell, CellFinder, Rejection, load_parts, planned_context
+from mxn.fleet.cost_model import card_idle_w
 from mxn.fleet.inventory import ChipGroup, ChipKind, Inventory
 from mxn.fleet.planner.problem import SLICES_PER_CHIP, Demand, Option, Pool, PowerCap, Problem, Relation
 
@@ -101,12 +102,7 @@ def option_name(pool: str, cell: Cell) -> str:
 
 def idle_watts(kind: ChipKind) -> float | None:
     """Watts of a chip without load: its card's, or the share of its TDP that a formula assumes."""
-    from mxn.fleet.cost_model import UNCALIBRATED_CPU, UNCALIBRATED_GPU
-
-    if kind.card is None or kind.card.tdp_w is None:
-        return None
-    rates = UNCALIBRATED_CPU if kind.is_cpu else UNCALIBRATED_GPU
-    return kind.card.idle_w.value if kind.card.idle_w else rates.idle_share * kind.card.tdp_w.value
+    return card_idle_w(kind.card) if kind.card is not None and kind.card.tdp_w is not None else None
 
 
 def _cards_of(deployments: Sequence[DeploymentConfig], cards: Mapping[str, ModelCard]) -> dict[str, ModelCard]:

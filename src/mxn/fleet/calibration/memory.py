@@ -1,0 +1,126 @@
+"""Memory that loads were seen to take, and the correction of estimates that follows from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import msgspec
+
+from mxn.backends.base import MemoryEstimate
+from mxn.core.quantity import Provenance, Quantity
+from mxn.errors import ConfigError
+
+_LEAST_ERROR = 0.05
+"""Of a part that was seen: loads of one cell differ by a few per cent (measured, see docs/planning.md)."""
+_OTHER_VERSION_ERROR = 0.25
+"""Added when only loads with other versions were seen."""
+
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryObservation:
+    """What one load took, and what was expected of it.
+
+    family: the model's architecture. resident_bytes: after warming up, by the backend's own meter, without KV cache.
+    weight_bytes: as the replica reports them. estimated_*: the backend's estimate for the same load.
+    """
+
+    family: str
+    chip: str
+    backend: str
+    versions: str
+    quantisation: str
+    weight_bytes: Amount
+    resident_bytes: Amount
+    estimated_weight_bytes: Amount
+    estimated_other_bytes: Amount
+
+    @property
+    def cell(self) -> str:
+        """What observations are counted by."""
+        return "|".join((self.family, self.chip, self.backend, self.versions, self.quantisation))
+
+    @property
+    def other_bytes(self) -> float:
+        """Beside weights and KV cache: libraries, activations, kernels."""
+        return max(0.0, self.resident_bytes - self.weight_bytes)
+
+    def json(self) -> str:
+        """As it is stored."""
+        return msgspec.json.encode(self).decode()
+
+
+def read_observation(text: str, name: str) -> MemoryObservation:
+    """A stored observation. Raises: ConfigError naming the field at fault."""
+    try:
+        return msgspec.json.decode(text, type=MemoryObservation)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def versions_text(versions: Mapping[str, str]) -> str:
+    """Versions as one word, to be compared."""
+    return ",".join(f"{name}={version}" for name, version in sorted(versions.items()))
+
+
+def corrected(
+    estimate: MemoryEstimate,
+    observations: Sequence[MemoryObservation],
+    *,
+    family: str,
+    chip: str,
+    backend: str,
+    versions: str,
+    quantisation: str,
+) -> MemoryEstimate:
+    """The estimate, its weights and its rest corrected by what loads on the same chip through the same backend took.
+
+    Weights go by the factor seen for the model's family and format; activations and overhead together by the factor
+    seen for the backend. Loads with these versions count alone when there are any; otherwise others do, with wider
+    error bars. Nothing seen: the estimate as it was.
+    """
+    here = [one for one in observations if one.chip == chip and one.backend == backend]
+    same = [one for one in here if one.versions == versions]
+    chosen, widened = (same, 0.0) if same else (here, _OTHER_VERSION_ERROR)
+    alike = [one for one in chosen if one.family == family and one.quantisation == quantisation]
+    weights = _scaled(
+        estimate.weights, [one.weight_bytes / one.estimated_weight_bytes for one in alike if one.estimated_weight_bytes]
+    )
+    rest = [one.other_bytes / one.estimated_other_bytes for one in chosen if one.estimated_other_bytes]
+    found = MemoryEstimate(
+        weights=weights,
+        kv_cache=estimate.kv_cache,
+        activations=_scaled(estimate.activations, rest),
+        overhead=_scaled(estimate.overhead, rest),
+    )
+    if not widened:
+        return found
+    return MemoryEstimate(
+        weights=_widened(found.weights, widened) if alike else found.weights,
+        kv_cache=found.kv_cache,
+        activations=_widened(found.activations, widened) if rest else found.activations,
+        overhead=_widened(found.overhead, widened) if rest else found.overhead,
+    )
+
+
+def _scaled(quantity: Quantity, factors: Sequence[float]) -> Quantity:
+    if quantity.value is None or not factors:
+        return quantity
+    factor = statistics.median(factors)
+    error = max(_LEAST_ERROR, max(factors) / factor - 1 if factor else 1.0)
+    return Quantity(
+        value=quantity.value * factor,
+        unit=quantity.unit,
+        provenance=Provenance.ESTIMATED,
+        source=f"{quantity.source}; times {factor:.2f} as seen in {len(factors)} loads",
+        relative_error=error,
+    )
+
+
+def _widened(quantity: Quantity, error: float) -> Quantity:
+    text = f"{quantity.source}, with other versions"
+    return replace(quantity, relative_error=(quantity.relative_error or 0.0) + error, source=text)
