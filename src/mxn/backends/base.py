@@ -33,6 +33,7 @@ __all__ = [  # API_VERSION is defined where it is checked
     "LoadProgress",
     "MemoryEstimate",
     "PagedKV",
+    "PendingStep",
     "Probe",
     "ServerSpec",
     "SlotKV",
@@ -157,8 +158,20 @@ class ExecutorInfo:
     notes: tuple[str, ...] = ()
 
 
+class PendingStep(ABC):
+    """A step that was submitted."""
+
+    @abstractmethod
+    def result(self) -> StepResult:
+        """Waits for the step and answers as `Executor.execute` does, errors included. Called at most once."""
+
+
 class Executor(ABC):
-    """A model loaded on chips. One thread calls it; sequences are told apart only by their KV placement."""
+    """A model loaded on chips. One thread calls it; sequences are told apart only by their KV placement.
+
+    One that defines `submit` runs steps in the order in which they are submitted, and lets the engine prepare a step
+    while the chip runs the one before.
+    """
 
     kv: PagedKV | SlotKV
     info: ExecutorInfo
@@ -177,6 +190,17 @@ class Executor(ABC):
         A sequence that cannot go on (NaN in its logits, say) is named in `StepResult.failed`; the others are unharmed.
         Raises: OutOfMemoryError when the step did not fit and nothing was changed; ChipError when the chip is lost.
         """
+
+    def submit(self, batch: StepBatch) -> PendingStep:
+        """Starts a step and returns while the chip runs it; only where a chip works apart from the host.
+
+        At most one step is submitted beyond the one whose result is awaited, and none beyond a step with a sequence
+        that is not `is_plain`. `token_ids` may be `(PENDING,)`: the token is then taken where the chip left it. A
+        sequence that drew none (it failed) may compute anything; nobody reads it. The batch is valid during the call
+        only, but for sequences that are not plain.
+        Raises: as `execute`, for what is known at once.
+        """
+        raise BackendError(f"{type(self).__name__} submits no steps; it executes them")
 
     @abstractmethod
     def copy_kv(self, copies: Sequence[KVCopy]) -> None:

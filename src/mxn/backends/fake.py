@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -23,13 +26,14 @@ from mxn.backends.base import (
     LoadProgress,
     MemoryEstimate,
     PagedKV,
+    PendingStep,
     Probe,
     SlotKV,
     Support,
     WarmUp,
 )
 from mxn.backends.host import resident_bytes
-from mxn.core.batch import SampledToken, SequenceStep, StepBatch, StepResult
+from mxn.core.batch import PENDING, SampledToken, SequenceStep, StepBatch, StepResult
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.core.quantity import Provenance, Quantity
@@ -51,6 +55,7 @@ class FakeOptions:
     raise_on, nan_on, oom_on: a token id that makes the step raise, fails its sequence, or does not fit.
     die_after, hang_after, lose_chip_after: after so many steps the process ends, sleeps for ever, or loses its chip.
     fail_load: text of an error to raise while loading.
+    ahead: "on" takes steps ahead, as a chip does that works apart from the host.
     """
 
     def __init__(self, options: tuple[tuple[str, str], ...]) -> None:
@@ -66,6 +71,7 @@ class FakeOptions:
         self.hang_after = int(values.pop("hang_after", 0))
         self.lose_chip_after = int(values.pop("lose_chip_after", 0))
         self.fail_load = values.pop("fail_load", "")
+        self.takes_steps_ahead = values.pop("ahead", "off") == "on"
         if values:
             raise ModelError(f"the fake backend does not know the options {', '.join(sorted(values))}")
 
@@ -85,10 +91,14 @@ class FakeOptions:
             if self.oom_on in text:
                 raise OutOfMemoryError("the step needs 2 GiB; the fake chip has 1 GiB free")
 
+    def seconds(self, num_tokens: int) -> float:
+        """How long a step of so many tokens takes."""
+        return self.step_s + self.token_s * num_tokens
+
     def take_time(self, num_tokens: int) -> None:
         """Sleeps as long as a step of so many tokens takes."""
         if self.step_s or self.token_s:
-            time.sleep(self.step_s + self.token_s * num_tokens)
+            time.sleep(self.seconds(num_tokens))
 
 
 class FakeExecutor(Executor):
@@ -117,6 +127,11 @@ class FakeExecutor(Executor):
         return WarmUp(compiled=(), seconds=0.0, memory_bytes=self.info.kv_bytes)
 
     def execute(self, batch: StepBatch) -> StepResult:
+        result = self._compute(batch)
+        self._options.take_time(batch.num_tokens)
+        return result
+
+    def _compute(self, batch: StepBatch) -> StepResult:
         options = self._options
         self._num_steps += 1
         options.misbehave(self._num_steps, [step.token_ids for step in batch.sequences])
@@ -127,7 +142,6 @@ class FakeExecutor(Executor):
                 failed.append((step.seq_id, "the model's output is not a number"))
             elif step.is_sampled:
                 tokens.append(self._draw(step, context))
-        options.take_time(batch.num_tokens)
         return StepResult(tokens=tuple(tokens), failed=tuple(failed))
 
     def copy_kv(self, copies: Sequence[KVCopy]) -> None:
@@ -164,6 +178,77 @@ class FakeExecutor(Executor):
             top = tuple(((token_id + i) % self.info.vocab_size, -float(i) - 0.5) for i in range(sampling.num_logprobs))
             logprob = TokenLogprob(token_id=token_id, logprob=-0.5, top=top)
         return SampledToken(seq_id=step.seq_id, token_id=token_id, logprob=logprob)
+
+
+class FakeAheadExecutor(FakeExecutor):
+    """The same on a chip that works apart from the host: steps run late and in order, draws stay for the next.
+
+    Refuses what `Executor.submit` does not allow.
+    """
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._waiting: deque[FakePendingStep] = deque()
+        self._newest: FakePendingStep | None = None
+        self._drawn: dict[int, int] = {}
+        self._free_s = 0.0
+
+    def submit(self, batch: StepBatch) -> PendingStep:
+        self._check(batch)
+        kept = StepBatch(step_id=batch.step_id, sequences=tuple(map(_kept, batch.sequences)))
+        self._free_s = max(self._free_s, time.monotonic()) + self._options.seconds(batch.num_tokens)
+        self._newest = FakePendingStep(kept, self._run_through, self._free_s)
+        self._waiting.append(self._newest)
+        return self._newest
+
+    def execute(self, batch: StepBatch) -> StepResult:
+        return self.submit(batch).result()
+
+    def _check(self, batch: StepBatch) -> None:
+        before = self._waiting[-1].batch.sequences if self._waiting else ()
+        if len(self._waiting) > 1 or not all(step.is_plain for step in before):
+            raise ValueError("a step was submitted before the result of one that it may not pass")
+        newest = self._newest.batch.sequences if self._newest else ()
+        known = {step.seq_id for step in newest if step.is_sampled}
+        for step in batch.sequences:
+            if PENDING in step.token_ids and (len(step.token_ids) > 1 or step.seq_id not in known):
+                raise ValueError(f"sequence {step.seq_id} waits for a token that no step draws")
+
+    def _run_through(self, last: FakePendingStep) -> None:
+        """Runs what waits, up to and with `last`."""
+        while last in self._waiting:
+            step = self._waiting.popleft()
+            drawn, self._drawn = self._drawn, {}
+            sequences = tuple(
+                replace(one, token_ids=(drawn.get(one.seq_id, 0),)) if PENDING in one.token_ids else one
+                for one in step.batch.sequences
+            )
+            try:
+                step.outcome = self._compute(StepBatch(step_id=step.batch.step_id, sequences=sequences))
+                self._drawn = {token.seq_id: token.token_id for token in step.outcome.tokens}
+            except Exception as error:
+                step.outcome = error
+
+
+class FakePendingStep(PendingStep):
+    """A step that waits for the simulated chip, which is through with it at `end_s`."""
+
+    def __init__(self, batch: StepBatch, run_through: Callable[[FakePendingStep], None], end_s: float) -> None:
+        self.batch = batch
+        self.outcome: StepResult | Exception | None = None
+        self._run_through, self._end_s = run_through, end_s
+
+    def result(self) -> StepResult:
+        self._run_through(self)
+        time.sleep(max(0.0, self._end_s - time.monotonic()))
+        if not isinstance(self.outcome, StepResult):
+            raise self.outcome or ValueError("the result of this step was taken before")
+        return self.outcome
+
+
+def _kept(step: SequenceStep) -> SequenceStep:
+    """A copy of what is valid during a call only."""
+    return replace(step, token_ids=tuple(step.token_ids), block_ids=tuple(step.block_ids))
 
 
 class FakeSlotExecutor(FakeExecutor):
@@ -289,7 +374,8 @@ class FakeBackend(Backend):
         max_context = min(settings.context_length or model.spec.max_context, model.spec.max_context)
         if model.spec.task == "embed":
             return FakeEmbedder(vocab_size=vocab_size, max_context=max_context, options=options)
-        return FakeExecutor(
+        make = FakeAheadExecutor if options.takes_steps_ahead else FakeExecutor
+        return make(
             num_blocks=self._num_blocks(model.spec, settings),
             block_size=settings.block_size,
             vocab_size=vocab_size,

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 from mxn.core.request import SamplingParams, TokenLogprob
 
+PENDING = -1
+"""In the place of a token id: the one that the step submitted just before draws for this sequence. It stands alone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceStep:
     """One sequence's share of a step. An executor keeps no state of its own about sequences beyond the KV cache.
 
-    token_ids: tokens to compute now, at positions `start`, `start + 1`, ...; at least one.
+    token_ids: tokens to compute now, at positions `start`, `start + 1`, ...; at least one. `(PENDING,)` only
+      where steps are submitted ahead (`Executor.submit`).
     start: tokens before them whose KV is in the cache.
     block_ids: block table over at least `start + len(token_ids)` tokens (paged executors); valid during the call only.
     slot: whole-sequence slot (slot executors), else -1.
@@ -32,6 +36,20 @@ class SequenceStep:
     num_prompt_tokens: int
     num_output_tokens: int
     history: Sequence[int] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """True when temperature, top-k, top-p, min-p and the seed decide the draw, and only its token is asked for.
+
+        No step is planned past one with another sequence: what that needs is on the host.
+        """
+        sampling = self.sampling
+        return not (
+            sampling.needs_history
+            or sampling.logit_bias
+            or sampling.num_logprobs is not None
+            or self.num_output_tokens < sampling.min_tokens
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

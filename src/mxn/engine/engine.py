@@ -1,4 +1,7 @@
-"""The engine: schedule, execute, postprocess, once per step. Drives any executor; one thread calls it."""
+"""The engine: schedule, execute, postprocess, once per step. Drives any executor; one thread calls it.
+
+An executor that takes steps ahead (`Executor.submit`) is given the next step while it runs the current one (`flight`).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from mxn.core.batch import SequenceStep, StepBatch, StepResult
 from mxn.core.clock import Clock, SystemClock
 from mxn.core.request import FinishReason, SequenceOutput, SequenceRequest, TokenLogprob
 from mxn.energy.attribution import StepLedger
+from mxn.engine.flight import Flight
 from mxn.engine.paged import BlockPlacement
 from mxn.engine.placement import Placement
 from mxn.engine.results import faults_of
@@ -30,6 +34,7 @@ class EngineSettings:
 
     fingerprint: whatever makes KV differ for the same tokens; part of what reusable content is filed under.
     has_mixed_steps: as in the backend's `Capabilities`.
+    looks_ahead: the next step is prepared while the current one runs, where the executor takes steps ahead.
     """
 
     max_num_seqs: int = 64
@@ -37,6 +42,7 @@ class EngineSettings:
     prefix_cache: bool = True
     fingerprint: str = ""
     has_mixed_steps: bool = True
+    looks_ahead: bool = True
 
 
 class Engine:
@@ -68,11 +74,15 @@ class Engine:
         self._scheduler = StepScheduler(self.placement, limits)
         self._sequences: dict[int, Sequence] = {}
         self._num_arrived = 0
+        self._submits = type(executor).submit is not Executor.submit and isinstance(executor.kv, PagedKV)
+        self._looks_ahead = self._submits and settings.looks_ahead
+        self._ahead: Flight | None = None
+        self._landed_s = 0.0
 
     @property
     def has_work(self) -> bool:
-        """True while any sequence is not finished."""
-        return bool(self._sequences)
+        """True while any sequence is not finished, or a step is under way."""
+        return bool(self._sequences) or self._ahead is not None
 
     def add(self, request: SequenceRequest) -> None:
         """Puts a sequence in line.
@@ -106,27 +116,18 @@ class Engine:
         self.abort(list(self._sequences))
 
     def step(self) -> list[SequenceOutput]:
-        """Runs one step and returns what it added to each sequence.
+        """Runs one step and returns what it added to each sequence; the next one may be under way by then.
 
         Raises: ChipError when the chip is lost; every other failure ends at most the sequences that cause it.
         """
-        plan = self._scheduler.schedule()
-        self._copy_prefixes()
-        if not plan:
+        flight, self._ahead = self._ahead or self._launch(), None
+        if flight is None:
             self._refresh_gauges()
             return []
-        self.stats.num_steps += 1
-        start_s = self._clock.now_s()
-        self._count_started(plan, start_s)
-        batch = StepBatch(step_id=self.stats.num_steps, sequences=tuple(self._describe(p) for p in plan))
-        plan, result = self._execute(plan, batch)
-        if self._ledger is not None:
-            self._ledger.step(start_s, self._clock.now_s(), batch)
-        outputs = self._postprocess(plan, result)
-        self.stats.step_s = self._clock.now_s() - start_s
-        self.stats.busy_s += self.stats.step_s
-        self._refresh_gauges()
-        return outputs
+        if self._looks_ahead and flight.can_be_assumed:
+            flight.assume(self.max_context)
+            self._ahead = self._launch(may_preempt=False)
+        return self._land(flight)
 
     def settle_energy(self) -> None:
         """Books the energy since the last reading; called now and then while nothing runs, so that idle counts too."""
@@ -199,6 +200,66 @@ class Engine:
 
     # ------------------------------------------------------------------ the step itself
 
+    def _launch(self, *, may_preempt: bool = True) -> Flight | None:
+        """Plans a step and submits it, to an executor that takes steps ahead. None when there is nothing to run."""
+        plan = self._scheduler.schedule(may_preempt=may_preempt)
+        self._copy_prefixes()
+        if not plan:
+            return None
+        self.stats.num_steps += 1
+        start_s = self._clock.now_s()
+        self._count_started(plan, start_s)
+        flight = Flight(plan=plan, batch=self._batch_of(plan), start_s=start_s)
+        if self._submits:
+            try:
+                flight.pending = self.executor.submit(flight.batch)
+            except ChipError:
+                raise
+            except Exception as error:  # told when the step lands, as what fails later is
+                flight.error = error
+        return flight
+
+    def _land(self, flight: Flight) -> list[SequenceOutput]:
+        """Waits for a step and hands out its tokens."""
+        try:
+            result = self._result_of(flight)
+            flight.settle()
+        except ChipError:
+            raise
+        except Exception as error:
+            self._drop_ahead()
+            flight.take_back()
+            flight, result = self._run_without_failure(flight, error)
+        start_s, self._landed_s = max(flight.start_s, self._landed_s), self._clock.now_s()
+        living = flight.living()
+        if self._ledger is not None:
+            steps = tuple(step for _, step in living)
+            self._ledger.step(start_s, self._landed_s, StepBatch(step_id=flight.batch.step_id, sequences=steps))
+        outputs = self._postprocess(flight, living, result)
+        self.stats.step_s = self._clock.now_s() - start_s
+        self.stats.busy_s += self.stats.step_s
+        self._refresh_gauges()
+        return outputs
+
+    def _result_of(self, flight: Flight) -> StepResult:
+        if flight.error is not None:
+            raise flight.error
+        return self.executor.execute(flight.batch) if flight.pending is None else flight.pending.result()
+
+    def _drop_ahead(self) -> None:
+        """Waits for the step that was planned on one that failed, and forgets it; its KV is written again."""
+        flight, self._ahead = self._ahead, None
+        if flight is not None and flight.pending is not None:
+            try:
+                flight.pending.result()
+            except ChipError:
+                raise
+            except Exception as error:
+                log.info("step %d was planned on one that failed and is dropped: %s", flight.batch.step_id, error)
+
+    def _batch_of(self, plan: list[Scheduled]) -> StepBatch:
+        return StepBatch(step_id=self.stats.num_steps, sequences=tuple(map(self._describe, plan)))
+
     def _copy_prefixes(self) -> None:
         copies = self.placement.take_copies()
         if not copies:
@@ -210,31 +271,40 @@ class Engine:
         except Exception as error:  # what the slots hold is unknown from here on
             raise ChipError(f"copying KV between slots failed: {_describe_error(error)}") from error
 
-    def _execute(self, plan: list[Scheduled], batch: StepBatch) -> tuple[list[Scheduled], StepResult]:
-        """Executes the batch; when that fails, finds out what can still be done without harming the innocent."""
-        try:
-            return plan, self.executor.execute(batch)
-        except ChipError:
-            raise
-        except OutOfMemoryError as error:
-            victim = self._scheduler.preempt_last()
-            if victim is None:
-                return plan, StepResult(tokens=(), failed=((plan[0].sequence.seq_id, str(error)),))
-            log.warning("step %d did not fit (%s); %d sequences go on", batch.step_id, error, len(plan) - 1)
-            rest = [p for p in plan if p.sequence.status is SequenceStatus.RUNNING]
-            if not rest:
-                return [], StepResult(tokens=())
-            return self._execute(rest, StepBatch(step_id=batch.step_id, sequences=tuple(map(self._describe, rest))))
-        except Exception as error:
-            log.exception("step %d failed; trying its %d sequences one by one", batch.step_id, len(plan))
-            if len(plan) == 1:
-                return plan, StepResult(tokens=(), failed=((plan[0].sequence.seq_id, _describe_error(error)),))
-            return plan, self._execute_one_by_one(plan, batch)
+    def _run_without_failure(self, flight: Flight, error: Exception) -> tuple[Flight, StepResult]:
+        """Finds out what of a failed step can still be done without harming the innocent, and does it."""
+        while True:
+            plan = [scheduled for scheduled, _ in flight.living()]
+            if len(plan) == len(flight.plan):  # else those that have ended meanwhile may have been the cause
+                if not isinstance(error, OutOfMemoryError):
+                    break
+                if self._scheduler.preempt_last() is None:
+                    return flight, StepResult(tokens=(), failed=((plan[0].sequence.seq_id, str(error)),))
+                plan = [p for p in plan if p.sequence.status is SequenceStatus.RUNNING]
+                log.warning("a step did not fit (%s); %d of its sequences go on", error, len(plan))
+            flight = self._again(flight, plan)
+            if not plan:
+                return flight, StepResult(tokens=())
+            try:
+                return flight, self.executor.execute(flight.batch)
+            except ChipError:
+                raise
+            except Exception as again:
+                error = again
+        log.error("a step failed; trying its %d sequences one by one", len(plan), exc_info=error)
+        if len(plan) == 1:
+            return flight, StepResult(tokens=(), failed=((plan[0].sequence.seq_id, _describe_error(error)),))
+        flight = self._again(flight, plan)
+        return flight, self._execute_one_by_one(flight.batch)
 
-    def _execute_one_by_one(self, plan: list[Scheduled], batch: StepBatch) -> StepResult:
+    def _again(self, flight: Flight, plan: list[Scheduled]) -> Flight:
+        """A flight of part of a failed one's sequences, described anew: their tokens are known by now."""
+        return Flight(plan=plan, batch=self._batch_of(plan), start_s=flight.start_s)
+
+    def _execute_one_by_one(self, batch: StepBatch) -> StepResult:
         """Runs each sequence of a failed batch alone: KV writes repeat harmlessly, and only the guilty fail."""
         results = []
-        for _, step in zip(plan, batch.sequences, strict=True):
+        for step in batch.sequences:
             try:
                 results.append(self.executor.execute(StepBatch(step_id=batch.step_id, sequences=(step,))))
             except ChipError:
@@ -249,28 +319,31 @@ class Engine:
 
     # ------------------------------------------------------------------ after a step
 
-    def _postprocess(self, plan: list[Scheduled], result: StepResult) -> list[SequenceOutput]:
-        failed = faults_of(result, (p.sequence.seq_id for p in plan), self._vocab_size)
+    def _postprocess(
+        self, flight: Flight, living: list[tuple[Scheduled, SequenceStep]], result: StepResult
+    ) -> list[SequenceOutput]:
+        failed = faults_of(result, (p.sequence.seq_id for p in flight.plan), self._vocab_size)
         sampled = {token.seq_id: token for token in result.tokens}
         prompt_logprobs = dict(result.prompt_logprobs)
         outputs: list[SequenceOutput] = []
-        for scheduled in plan:
+        for scheduled, step in living:
             sequence = scheduled.sequence
             seq_id = sequence.seq_id
             is_first = sequence.num_output_tokens == 0
-            expects_token = scheduled.num_tokens == sequence.num_remaining_tokens
             token = sampled.get(seq_id)
-            if seq_id not in failed and expects_token and token is None:
+            if seq_id not in failed and step.is_sampled and token is None:
                 failed[seq_id] = "the backend returned no token for this sequence"
             if seq_id in failed:
                 self.stats.num_failed += 1
                 self._finish(sequence, FinishReason.ERROR)
                 outputs.append(SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.ERROR, error=failed[seq_id]))
                 continue
-            self._scheduler.commit(scheduled)
+            if not flight.is_assumed:
+                sequence.num_computed_tokens += scheduled.num_tokens
+            self._scheduler.commit(sequence)
             self.stats.num_computed_tokens += scheduled.num_tokens
             self._collect_prompt_logprobs(sequence, prompt_logprobs.get(seq_id, ()))
-            if token is None or not expects_token:
+            if token is None or not step.is_sampled:
                 continue
             sequence.token_ids.append(token.token_id)
             self.stats.num_output_tokens += 1

@@ -35,6 +35,10 @@ class Scheduled:
     num_tokens: int
 
 
+class _RoomIsShort(Exception):
+    """Planning on would take room from a running sequence."""
+
+
 class StepScheduler:
     """Keeps the waiting and running sequences and plans one step at a time.
 
@@ -52,6 +56,7 @@ class StepScheduler:
         self._placement = placement
         self._limits = limits
         self._was_prefill = False
+        self._may_preempt = True
 
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in line."""
@@ -67,8 +72,15 @@ class StepScheduler:
             self._placement.release(sequence)
         sequence.status = SequenceStatus.FINISHED
 
-    def schedule(self) -> list[Scheduled]:
-        """Plans the next step; empty only when there is nothing to run."""
+    def schedule(self, *, may_preempt: bool = True) -> list[Scheduled]:
+        """Plans the next step; empty when there is nothing to run, or when it takes preemption and that may not be."""
+        self._may_preempt = may_preempt
+        try:
+            return self._plan()
+        except _RoomIsShort:
+            return []  # rooms that sequences got on the way are theirs already when they are planned again
+
+    def _plan(self) -> list[Scheduled]:
         budget = self._limits.max_step_tokens
         if budget > sum(s.num_remaining_tokens == 1 for s in self.running):
             self._admit()
@@ -80,10 +92,9 @@ class StepScheduler:
         # A prompt that is before others in line may have preempted one of them after it was planned.
         return [scheduled for scheduled in plan if scheduled.sequence.status is SequenceStatus.RUNNING]
 
-    def commit(self, scheduled: Scheduled) -> None:
-        """Records that the planned tokens are computed."""
-        scheduled.sequence.num_computed_tokens += scheduled.num_tokens
-        self._placement.commit(scheduled.sequence)
+    def commit(self, sequence: Sequence) -> None:
+        """Records that its first `num_computed_tokens` tokens are computed."""
+        self._placement.commit(sequence)
 
     def preempt_last(self) -> Sequence | None:
         """Sends the running sequence that is last in line back to wait, or returns None when fewer than two run."""
@@ -169,6 +180,8 @@ class StepScheduler:
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Gets room for the next tokens, preempting from the end of the line; False when it preempted itself."""
         while not self._placement.reserve(sequence, num_tokens):
+            if not self._may_preempt:
+                raise _RoomIsShort
             victim = max(self.running, key=_rank)
             self._preempt(victim)
             if victim is sequence:

@@ -88,6 +88,11 @@ class Sequence:
         """False when logits of cached positions would be needed."""
         return self.request.sampling.num_prompt_logprobs is None
 
+    def ends_with_next(self, max_context: int) -> bool:
+        """True when its next token is its last, whichever it is."""
+        limit = min(self.num_prompt_tokens + self.request.sampling.max_tokens, max_context)
+        return len(self.token_ids) + 1 >= limit
+
     def finish_after(self, token_id: int, max_context: int) -> FinishReason | None:
         """Why the sequence ends with `token_id` as its newest token, or None when it goes on."""
         sampling = self.request.sampling
