@@ -53,7 +53,7 @@ def test_n_choices_are_all_let_in_or_none(start_server: Start, fake_deployment: 
     server = start_server(fake_deployment(max_num_seqs=2, max_queue=2))
     baseline = server.num_free_blocks()
     assert server.post(COMPLETIONS, body(n=5)).status_code == 429
-    server.wait_for(lambda: not server.deployment().stats.num_running)
+    server.wait_for(lambda: not any(k.replica and k.replica.num_streams for k in server.deployment().keepers))
     assert server.post(COMPLETIONS, body(n=4)).status_code == 200
     server.wait_for(lambda: server.num_free_blocks() == baseline)
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mxn.backends.fake import FAKE_W
+from mxn.fleet.spec import DeploymentSpec
+from mxn.server.settings import ServerSettings
 
 from .conftest import SCRIPT, Running
 from .test_generation import events_of
+
+Start = Callable[..., Running]
+Make = Callable[..., DeploymentSpec]
+OWN = "model=fake-model"
 
 
 def samples(server: Running) -> dict[tuple[str, str], float]:
@@ -38,8 +46,9 @@ def test_a_request_moves_its_counters_and_histograms(server: Running) -> None:
     assert grew("mxn_requests_total", "model=fake-model,outcome=stop") == 1
     assert grew("mxn_time_to_first_token_seconds_count") == 1
     assert grew("mxn_request_duration_seconds_count") == 1
-    assert grew("mxn_engine_output_tokens_total") == len(SCRIPT) + 1
-    assert grew("mxn_engine_steps_total") >= len(SCRIPT)
+    replica = "model=fake-model,replica=fake-model/0"
+    assert grew("mxn_engine_output_tokens_total", replica) == len(SCRIPT) + 1
+    assert grew("mxn_engine_steps_total", replica) >= len(SCRIPT)
     assert grew("mxn_http_requests_total", "method=POST,route=/v1/completions,status=200") == 1
 
 
@@ -59,8 +68,10 @@ def test_gauges_and_facts_of_deployments_are_there(server: Running) -> None:
         "mxn_http_requests_active",
     } <= names
     assert found["mxn_deployment_ready", "model=fake-model"] == 1
-    assert found["mxn_kv_blocks", "model=fake-model"] > 0
-    info = next(labels for name, labels in found if name == "mxn_deployment_info" and "fake-model" in labels)
+    assert found["mxn_replicas", "model=fake-model,state=ready"] == 1
+    assert found["mxn_replicas", "model=fake-model,state=failed"] == 0
+    assert found["mxn_kv_blocks", "model=fake-model,replica=fake-model/0"] > 0
+    info = next(labels for name, labels in found if name == "mxn_replica_info" and "fake-model" in labels)
     assert "backend=fake" in info
 
 
@@ -77,6 +88,43 @@ def test_unknown_models_routes_and_methods_add_no_series(server: Running) -> Non
         server.http.get(f"/unknown-{i}")
         server.http.request(f"M{i}", "/livez")
     assert set(samples(server)) == before
+
+
+def test_series_grow_with_replicas_and_deployments_only(start_server: Start, fake_deployment: Make) -> None:
+    one = fake_deployment("one")
+    [placement] = one.placements
+    three = replace(one, name="three", placements=[replace(placement, id=f"three/{i}") for i in range(3)])
+    server = start_server(one, three)
+    server.wait_for(lambda: all(k.is_ready for d in server.fleet.deployments for k in d.keepers))
+    own = [
+        name for name, labels in samples(server) if "replica=" in labels or name.startswith(("mxn_deploy", "mxn_repl"))
+    ]
+    assert len(own) <= 10 * 2 + 33 * 4
+    assert len({labels for name, labels in samples(server) if name == "mxn_replica_ready"}) == 4
+
+
+def test_vllms_names_tell_what_mxns_own_tell(start_server: Start, fake_deployment: Make) -> None:
+    server = start_server(fake_deployment(), settings=ServerSettings(vllm_metrics=True))
+    server.post("/v1/completions", {"model": "fake-model", "prompt": "abcd", "max_tokens": 5, "ignore_eos": True})
+    found = samples(server)
+    name = "model_name=fake-model"
+    assert found["vllm:num_requests_running", name] == 0
+    assert found["vllm:num_requests_waiting", name] == 0
+    assert found["vllm:kv_cache_usage_perc", name] == found["vllm:gpu_cache_usage_perc", name] < 1
+    assert found["vllm:prompt_tokens_total", name] == 4
+    assert found["vllm:generation_tokens_total", name] == 5
+    assert found["vllm:time_to_first_token_seconds_count", name] == 1
+    assert found["vllm:inter_token_latency_seconds_count", name] == found["mxn_inter_token_latency_seconds_count", OWN]
+    assert found["vllm:e2e_request_latency_seconds_sum", name] == found["mxn_request_duration_seconds_sum", OWN]
+    assert found["vllm:request_success_total", f"finished_reason=length,{name}"] == 1
+    [config] = [labels for family, labels in found if family == "vllm:cache_config_info"]
+    blocks = found["mxn_kv_blocks", f"{OWN},replica=fake-model/0"]
+    assert f"num_gpu_blocks={blocks:.0f}" in config
+    assert "block_size=16" in config
+
+
+def test_vllms_names_are_not_told_unless_asked_for(server: Running) -> None:
+    assert "vllm:" not in server.http.get("/metrics").text
 
 
 def test_names_follow_prometheus_rules(server: Running) -> None:
@@ -107,7 +155,7 @@ def test_energy_is_told_when_asked_and_counted_with_its_source(server: Running) 
     after = samples(server)
 
     def charged(found: dict[tuple[str, str], float], use: str) -> float:
-        series = f"chip=fake-hash-model,{labels},provenance=simulated,source=scripted,use={use}"
+        series = f"chip=fake-hash-model,{labels},provenance=simulated,replica=hash-model/0,source=scripted,use={use}"
         return found.get(("mxn_chip_energy_joules_total", series), 0.0)
 
     asked_j = sum(answer["usage"]["mxn"]["energy_j"] or 0.0 for answer in answers)

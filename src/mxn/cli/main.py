@@ -23,6 +23,7 @@ from mxn.cli.plan import plan
 from mxn.cli.report import report
 from mxn.cli.serve import serve
 from mxn.cli.status import status
+from mxn.cli.top import top
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 3 not everything can be served (plan), "
@@ -57,7 +58,7 @@ def _root(
 ) -> None: ...
 
 
-for _command in (serve, chat, demo, plan, diff, fit, report, status, chips, doctor):
+for _command in (serve, chat, demo, plan, diff, fit, report, status, top, chips, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(models, name="models")

@@ -94,6 +94,15 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     power_source: str = "none"
     power_provenance: str = "unavailable"
 
+    def add_launch(self, took_s: float) -> None:
+        """Makes the phases of a start sum to the time from launch to ready: what the replica could not see is "launch".
+
+        One that had run before and was only found again keeps the phases of its start.
+        """
+        launch_s = took_s - sum(self.load_s.values())
+        if launch_s > 0:
+            self.load_s = {"launch": round(launch_s, 4), **self.load_s}
+
 
 class Ready(msgspec.Struct, tag=True):
     """Loading is done; sequences may start."""

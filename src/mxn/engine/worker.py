@@ -184,6 +184,7 @@ def _load(
     power = together([backend.power(chip) for chip in message.chips])
     log.info("energy of requests: %s (%s)", power.name, power.detail)
     ledger = None if isinstance(power, NullReader) else StepLedger(power, chip_share=message.chip_share)
+    progress("power", 1.0)
     described = _describe(message, loaded, seconds)
     described.power_source, described.power_provenance = power.name, PROVENANCE[power.kind]
     if isinstance(loaded, Embedder):

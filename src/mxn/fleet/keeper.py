@@ -137,6 +137,8 @@ class Keeper:
         )
         started_s = time.monotonic()
         replica = self.replica = await self._launcher.start(load, self._on_phase, placement.environment)
+        if replica.info is not None:
+            replica.info.add_launch(time.monotonic() - started_s)
         log.info("%s is ready after %.1f s", self.id, time.monotonic() - started_s)
         if self.state == "loading":  # not when it is to end already
             self._set_state("ready", "")

@@ -8,18 +8,17 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mxn import __version__
 from mxn.errors import RequestError
 from mxn.server.body import read_json
-from mxn.server.errors import fit_to_show, send_json
+from mxn.server.errors import send_json
 from mxn.server.gateway import Gateway
 from mxn.server.metrics import CONTENT_TYPE
 from mxn.server.openai import DetokenizeRequest, TokenizeRequest, check
 from mxn.server.sampling import check_prompt_ids
+from mxn.server.status import fleet_status, readiness, worst_state
 
 if TYPE_CHECKING:
     from mxn.fleet.deployment import Deployment
-    from mxn.fleet.keeper import Keeper
 
 
 class AdminRoutes:
@@ -40,8 +39,8 @@ class AdminRoutes:
             deployments = [self._gateway.deployment(wanted)]
         shows_reason = bool(request.scope.get("mxn.is_trusted"))
         is_ready = not self._gateway.is_draining and any(deployment.is_ready for deployment in deployments)
-        status = "ready" if is_ready else "draining" if self._gateway.is_draining else _worst(deployments)
-        body = {"status": status, "deployments": [_readiness(d, shows_reason) for d in deployments]}
+        status = "ready" if is_ready else "draining" if self._gateway.is_draining else worst_state(deployments)
+        body = {"status": status, "deployments": [readiness(d, shows_reason=shows_reason) for d in deployments]}
         return _json(body, 200 if is_ready else 503, {} if is_ready else {"retry-after": "1"})
 
     async def metrics(self, request: Request) -> Response:
@@ -50,14 +49,8 @@ class AdminRoutes:
         return Response(self._gateway.metrics.text(), headers={"content-type": CONTENT_TYPE.decode()})
 
     async def status(self, request: Request) -> Response:
-        """What runs and how."""
-        deployments = [_status(deployment) for deployment in self._gateway.fleet.deployments]
-        gateway = {
-            "version": __version__,
-            "is_draining": self._gateway.is_draining,
-            "num_active_requests": self._gateway.num_active,
-        }
-        return _json({"gateway": gateway, "deployments": deployments})
+        """What runs, where and how."""
+        return _json(fleet_status(self._gateway))
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -129,57 +122,4 @@ def _model(deployment: Deployment) -> dict[str, object]:
         "created": deployment.created_s,
         "owned_by": "mxn",
         "max_model_len": deployment.max_context,
-    }
-
-
-def _readiness(deployment: Deployment, shows_reason: bool) -> dict[str, object]:
-    """How far a deployment is. The reason may quote a log line, so it is for those with a key."""
-    return {
-        "model": deployment.name,
-        "is_ready": deployment.is_ready,
-        "state": deployment.state,
-        "is_stalled": deployment.is_stalled,
-        "load_phase": deployment.load_phase,
-        "load_fraction": round(deployment.load_fraction, 4),
-        "reason": fit_to_show(deployment.reason) if shows_reason else "",
-    }
-
-
-def _worst(deployments: list[Deployment]) -> str:
-    """Why nothing is ready, in one word."""
-    if any(deployment.is_stalled for deployment in deployments):
-        return "stalled"
-    for state in ("loading", "starting", "draining", "failed"):
-        if any(deployment.state == state for deployment in deployments):
-            return state
-    return "stopped"
-
-
-def _status(deployment: Deployment) -> dict[str, object]:
-    return {
-        **_readiness(deployment, shows_reason=True),
-        "revision": deployment.model.revision,
-        "architecture": deployment.model.spec.architecture,
-        "backend": deployment.backend,
-        "chips": [{"uid": chip.uid, "kind": chip.kind, "name": chip.name} for chip in deployment.chips],
-        "max_context": deployment.max_context,
-        "replica": msgspec.to_builtins(deployment.info) if deployment.info is not None else None,
-        "stats": msgspec.to_builtins(deployment.stats),
-        "replicas": [_replica(keeper) for keeper in deployment.keepers],
-    }
-
-
-def _replica(keeper: Keeper) -> dict[str, object]:
-    replica, placement = keeper.replica, keeper.placement
-    return {
-        "id": keeper.id,
-        "state": keeper.state,
-        "is_ready": keeper.is_ready,
-        "reason": fit_to_show(keeper.reason),
-        "num_restarts": keeper.num_restarts,
-        "backend": placement.backend,
-        "chips": [chip.uid for chip in placement.chips],
-        "settings": msgspec.to_builtins(placement.settings),
-        "info": msgspec.to_builtins(replica.info) if replica is not None else None,
-        "stats": msgspec.to_builtins(replica.stats) if replica is not None else None,
     }

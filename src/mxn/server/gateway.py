@@ -48,7 +48,7 @@ class Gateway:
     def __init__(self, fleet: Fleet, settings: ServerSettings) -> None:
         self.fleet = fleet
         self.settings = settings
-        self.metrics = Metrics(fleet)
+        self.metrics = Metrics(fleet, has_vllm_names=settings.vllm_metrics)
         self.is_draining = False
         self.num_active = 0
         self._idle = asyncio.Event()

@@ -20,6 +20,7 @@ class ServerSettings:
     socket_buffer_bytes: kernel send buffer per connection, so that slow readers cost little memory.
     template_*: limits of the child process that renders a model's chat template.
     max_template_bytes: what a template may add to the messages it renders.
+    vllm_metrics: /metrics tells the figures that inference gateways read under vLLM's names too.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -39,6 +40,7 @@ class ServerSettings:
     template_timeout_s: float = 1.0
     template_memory_bytes: int = 512 * MIB
     max_template_bytes: int = 1 * MIB
+    vllm_metrics: bool = False
 
     def __post_init__(self) -> None:
         for key in self.api_keys:
