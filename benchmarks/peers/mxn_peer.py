@@ -27,7 +27,7 @@ def main() -> None:
 
     prepared = prepare(deployment_config(**vars(arguments)), lambda phase, fraction, detail: None)
     prepared.power.close()
-    model, settings = prepared.spec.model, prepared.spec.settings
+    model, settings = prepared.spec.model, prepared.spec.placements[0].settings
     arm = InProcessArm.load(prepared.backend, prepared.chip, model, settings, label="mxn")
     subject = arm.subject
     about = {
