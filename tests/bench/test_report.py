@@ -37,10 +37,19 @@ def test_ratio_of_arms_that_took_turns_has_an_interval_and_says_when_nothing_is_
     base = record((100.0, 120.0, 80.0))
     twice = record((200.0, 242.0, 159.0), of=subject("twice"))
     same = record((101.0, 119.0, 80.5), of=subject("same"))
-    (row,) = comparison([base, twice, same]).rows
-    assert "x2.00 [" in row[3]
-    assert "no difference shown" not in row[3]
-    assert "no difference shown" in row[4]
+    first, second, third = comparison([base, twice, same]).rows
+    assert first[2:] == ("mxn", "100 [80.0, 120]", "-")
+    assert "x2.00 [" in second[4]
+    assert "no difference shown" not in second[4]
+    assert "no difference shown" in third[4]
+
+
+def test_ratio_of_arms_that_took_no_turns_has_the_wider_interval_of_two_means_and_says_so() -> None:
+    both = [record((100.0, 120.0, 80.0)), record((110.0, 132.5, 88.0), of=subject("other"))]
+    assert "no difference shown" not in comparison(both).rows[1][4]
+    apart = comparison(both, took_turns=False)
+    assert "no difference shown" in apart.rows[1][4]
+    assert any("not in turns" in note for note in apart.notes)
 
 
 def test_rows_of_one_model_on_different_meters_are_warned_of() -> None:

@@ -139,7 +139,7 @@ async def test_comparison_shows_the_ratio_in_the_direction_of_better(prompts: Pr
     arms = [ScriptedArm("slow", [], token_s=0.02), ScriptedArm("fast", [], token_s=0.01)]
     found = await measure(arms, parse_workloads("quick1,W4"), prompts, repetitions=2)
     rows = report.comparison(found).rows
-    assert all("x2.00" in row[3] for row in rows)
+    assert [(row[2], row[4][:5]) for row in rows] == [("slow", "-"), ("fast", "x2.00")] * 2
     assert "| quick1 |" in report.report_markdown(Report(manifest=manifest(seed=0), records=tuple(found)))
 
 

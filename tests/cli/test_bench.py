@@ -105,6 +105,20 @@ def test_matrix_skips_with_reasons_resumes_and_ends_in_a_page(mxn: Mxn, model_fo
     assert cell.exists()
 
 
+def test_matrix_whose_cells_cannot_be_written_still_tells_what_it_measured(
+    mxn: Mxn, model_folder: str, tmp_path: Path
+) -> None:
+    (tmp_path / "cells").write_text("a file where the folder should be")
+    ran = mxn(
+        *("bench", "--matrix", "--models", model_folder, "--backend", "fake", "--concurrency", "2", *LOAD),
+        *("--out", str(tmp_path / "cells")),
+    )
+    assert ran.code == 0, ran.err
+    assert "not kept for a second run" in ran.err
+    assert "cannot be written" in ran.err
+    assert "simulated" in ran.out
+
+
 def test_outside_meter_is_read_and_its_scope_kept(mxn: Mxn, server: Serving, model_folder: str, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     ran = mxn(

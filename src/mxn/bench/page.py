@@ -50,8 +50,9 @@ def page(reports: Sequence[Report], *, title: str = "Tokens per watt") -> str:
         _power(records),
         "<h2>Workloads</h2>",
     ]
+    took_turns = len(reports) == 1 and reports[0].took_turns
     for model in dict.fromkeys(record.subject.model for record in records):
-        grid = comparison([record for record in records if record.subject.model == model])
+        grid = comparison([record for record in records if record.subject.model == model], took_turns=took_turns)
         body += [f"<h3>{escape(model)}</h3>", _table(grid), *_notes(grid.notes)]
     body += ["<h2>Details</h2>", _table(details(records)), *_notes(_idle_notes(records))]
     body += ["<h2>What the words mean</h2>", _pairs(_DEFINITIONS)]

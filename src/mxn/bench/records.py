@@ -177,11 +177,15 @@ class Skipped:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Report:
-    """All records of one run."""
+    """All records of one run.
+
+    took_turns: all subjects ran in every repetition; False where one was finished before the next began.
+    """
 
     manifest: Manifest
     records: tuple[Record, ...]
     skipped: tuple[Skipped, ...] = ()
+    took_turns: bool = True
     schema_version: int = field(default=SCHEMA_VERSION)
 
 

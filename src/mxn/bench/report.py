@@ -108,27 +108,30 @@ def matrix(records: Sequence[Record]) -> Grid:
     )
 
 
-def comparison(records: Sequence[Record]) -> Grid:
-    """Workload by workload the headline of every arm, and its ratio to the first arm (above 1 is better)."""
+def comparison(records: Sequence[Record], *, took_turns: bool = True) -> Grid:
+    """Workload by workload the headline of every arm, and its ratio to the first arm (above 1 is better).
+
+    took_turns: the arms met the same conditions in each repetition; else ratios are of runs made one after another.
+    """
     labels = list(dict.fromkeys(r.subject.label for r in records))
-    workloads = list(dict.fromkeys(r.workload.name for r in records))
     found = {(r.subject.label, r.workload.name): r for r in records}
     rows = []
-    for name in workloads:
+    for name in dict.fromkeys(r.workload.name for r in records):
         first = found.get((labels[0], name))
-        workload = next(r.workload for r in records if r.workload.name == name)
-        row = [name, f"{workload.headline.replace('_', ' ')}"]
         for label in labels:
             record = found.get((label, name))
-            text = spread_text(record.headline) if record else "-"
-            if record and first and label != labels[0]:
-                text += f"  {ratio_text(first, record)}"
-            row.append(text + (" FAULT" if record and record.faults else ""))
-        rows.append(tuple(row))
+            if record is None:
+                continue
+            figure_name = record.workload.headline.replace("_", " ")
+            text = spread_text(record.headline) + (" FAULT" if record.faults else "")
+            ratio = ratio_text(first, record, is_paired=took_turns) if first and label != labels[0] else "-"
+            rows.append((name, figure_name, label, text, ratio))
     notes = ["Median [lowest, highest] of the repetitions.", *_warning_notes(records)]
     if len(labels) > 1:
-        notes.append(f"x: how many times better than {labels[0]}, with its 95 % interval over paired repetitions.")
-    return Grid(title="Workloads", columns=("Workload", "Figure", *labels), rows=tuple(rows), notes=tuple(notes))
+        how = "over paired repetitions" if took_turns else "of runs made one after another, not in turns"
+        notes.append(f"x: how many times better than {labels[0]}, with its 95 % interval {how}.")
+    columns = ("Workload", "Figure", "Arm", "Median [lowest, highest]", "Ratio")
+    return Grid(title="Workloads", columns=columns, rows=tuple(rows), notes=tuple(notes))
 
 
 def details(records: Sequence[Record]) -> Grid:
@@ -236,7 +239,11 @@ def grids_of(report: Report) -> list[Grid]:
     """Every table of a report: the matrix, the workloads of each model, details, cells that were skipped."""
     models = dict.fromkeys(r.subject.model for r in report.records)
     by_model = [[r for r in report.records if r.subject.model == model] for model in models]
-    found = [matrix(report.records), *(comparison(records) for records in by_model), details(report.records)]
+    found = [
+        matrix(report.records),
+        *(comparison(records, took_turns=report.took_turns) for records in by_model),
+        details(report.records),
+    ]
     if report.skipped:
         rows = tuple((s.model, s.backend, s.quantisation, s.reason) for s in report.skipped)
         found.append(Grid(title="Skipped", columns=("Model", "Backend", "Quantisation", "Why"), rows=rows))
@@ -264,12 +271,12 @@ def manifest_markdown(manifest: Manifest) -> str:
     )
 
 
-def ratio_text(base: Record, record: Record) -> str:
-    """How many times better `record` is than `base`, over repetitions in which both took turns."""
-    if not base.values or len(base.values) != len(record.values):
+def ratio_text(base: Record, record: Record, *, is_paired: bool = True) -> str:
+    """How many times better `record` is than `base`. is_paired: over repetitions in which both took turns."""
+    if not base.values or not record.values or (is_paired and len(base.values) != len(record.values)):
         return "x -"
     pair = (record.values, base.values) if record.workload.is_lower_better else (base.values, record.values)
-    ratio = ratio_interval(*pair, is_paired=True)
+    ratio = ratio_interval(*pair, is_paired=is_paired)
     if ratio.low is None or ratio.high is None:
         return f"x{ratio.value:.2f} (one run)"
     shown = "" if not ratio.low <= 1 <= ratio.high else ", no difference shown"

@@ -51,7 +51,7 @@ class _Cell:
 def run_matrix(options: MatrixOptions, folder: Path | None) -> Report:
     """Measures the cells that have no record in `folder` yet, and returns all of them as one report."""
     from mxn.bench.environment import manifest
-    from mxn.bench.records import Report, Skipped, load, save
+    from mxn.bench.records import DiskError, Report, Skipped, load, save
     from mxn.cli.console import err
     from mxn.cli.power import local_readers
     from mxn.config.environment import data_dir
@@ -87,9 +87,12 @@ def run_matrix(options: MatrixOptions, folder: Path | None) -> Report:
             )
             continue
         took_s.append(time.monotonic() - started_s)
-        save(Report(manifest=made, records=tuple(found)), path)
         records += found
-    return Report(manifest=made, records=tuple(records), skipped=tuple(skipped))
+        try:
+            save(Report(manifest=made, records=tuple(found)), path)
+        except DiskError as why:  # its figures are in the report at the end all the same
+            notes.print(f"  [yellow]not kept for a second run:[/] {why}", soft_wrap=True)
+    return Report(manifest=made, records=tuple(records), skipped=tuple(skipped), took_turns=False)
 
 
 def _taken(cell: Report, now: Manifest) -> list[Record]:

@@ -10,14 +10,13 @@ import torch
 from transformers import PreTrainedModel
 
 from mxn.core.model import LoadSettings, Model
-from mxn.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
-from mxn.runner.encoder import EncoderFacts, EncoderRunner, Ids
+from mxn.errors import ConfigError, UnsupportedModelError
+from mxn.runner.encoder import EncoderFacts, EncoderRunner, Ids, check_room
 from mxn.runner.loading import LoadProgress, check_weight_files, count_weights, load_encoder
 from mxn.store.embedding import read_recipe
 
 _SPARE = 1.1
 """Room that loading needs beyond the weights themselves."""
-_GIB = 2**30
 
 
 class TorchEncoderRunner(EncoderRunner):
@@ -56,9 +55,7 @@ def load_embedding_runner(
         raise UnsupportedModelError(f"{model.folder}: no modules.json says how its token vectors become one")
     threads = settings.threads or cores
     torch.set_num_threads(threads)
-    needed, free = int(4 * _SPARE * count_weights(check_weight_files(model.folder))), free_bytes()
-    if needed > free:
-        raise OutOfMemoryError(f"{model.name} needs {needed / _GIB:.2f} GiB in float32, {free / _GIB:.2f} GiB is free")
+    check_room(model.name, int(4 * _SPARE * count_weights(check_weight_files(model.folder))), free_bytes())
     module = load_encoder(model.folder, progress=progress)
     facts = EncoderFacts(
         recipe=recipe,

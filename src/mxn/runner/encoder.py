@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mxn.errors import OutOfMemoryError
 from mxn.store.embedding import EmbeddingRecipe
 
 CALL_TOKENS = 32
@@ -36,6 +37,12 @@ class EncoderFacts:
     weight_bytes: int
     is_joint: bool = False
     notes: tuple[str, ...]
+
+
+def check_room(name: str, needed_bytes: int, free_bytes: int) -> None:
+    """Raises: OutOfMemoryError when a model does not fit."""
+    if needed_bytes > free_bytes:
+        raise OutOfMemoryError(f"{name} needs {needed_bytes / 2**30:.2f} GiB, {free_bytes / 2**30:.2f} GiB is free")
 
 
 class EncoderRunner(ABC):

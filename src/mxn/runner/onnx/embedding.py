@@ -12,8 +12,8 @@ import onnxruntime as ort
 from onnx import ModelProto, TensorProto, helper
 
 from mxn.core.model import LoadSettings, Model
-from mxn.errors import ConfigError, OutOfMemoryError, UnsupportedModelError
-from mxn.runner.encoder import EncoderFacts, EncoderRunner, Ids
+from mxn.errors import ConfigError, UnsupportedModelError
+from mxn.runner.encoder import EncoderFacts, EncoderRunner, Ids, check_room
 from mxn.runner.onnx.graph import check_graph_file
 from mxn.runner.onnx.load import OnnxOptions, Progress
 from mxn.runner.onnx.session import check_provider, open_session
@@ -27,7 +27,6 @@ _JOINT_SCALES = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuant
 _PRECISIONS = {TensorProto.INT8: "int8", TensorProto.UINT8: "int8", TensorProto.FLOAT16: "fp16"}
 _SPARE = 4.0
 """Room that a session needs beside the graph: int8 weights that its nodes turn into float32 are kept so."""
-_GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,9 +92,7 @@ def load_onnx_embedding_runner(
             f'quantisation "{settings.quantisation}" is not there: {path.name} of {model.name} has {graph.precision}; '
             f"available: auto, {graph.precision}"
         )
-    needed, free = int(graph.weight_bytes * _SPARE), free_bytes()
-    if needed > free:
-        raise OutOfMemoryError(f"{model.name} needs {needed / _GIB:.2f} GiB, {free / _GIB:.2f} GiB is free")
+    check_room(model.name, int(graph.weight_bytes * _SPARE), free_bytes())
     threads = settings.threads or cores
     session, where = open_session(
         graph,
