@@ -10,6 +10,7 @@ import typer
 from mxn import __version__, errors
 from mxn.cli.backend import backend
 from mxn.cli.bench import bench
+from mxn.cli.calibrate import calibrate
 from mxn.cli.chat import chat
 from mxn.cli.chips import chips
 from mxn.cli.config import config
@@ -58,7 +59,7 @@ def _root(
 ) -> None: ...
 
 
-for _command in (serve, chat, demo, plan, diff, fit, report, status, top, chips, doctor):
+for _command in (serve, chat, demo, plan, diff, fit, calibrate, report, status, top, chips, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(models, name="models")

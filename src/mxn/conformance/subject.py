@@ -18,6 +18,7 @@ from mxn.core.model import LoadSettings, Model
 from mxn.core.request import FinishReason, SamplingParams, SequenceOutput, SequenceRequest, TokenLogprob
 from mxn.engine.messages import Load, ReplicaInfo
 from mxn.errors import BackendError, MxnError, UnsupportedModelError
+from mxn.fleet.calibration.measure import CALIBRATION
 from mxn.fleet.launchers.local import launch
 from mxn.fleet.replica import Replica, ReplicaLink
 from mxn.fleet.stream import SequenceStream
@@ -112,7 +113,7 @@ class Subject:
     @property
     def profile_settings(self) -> LoadSettings:
         """What a model is measured with: as people serve it, only with a bounded cache."""
-        return LoadSettings(kv_bytes=256 * 2**20, max_num_seqs=16, prefix_cache=False)
+        return replace(CALIBRATION, kv_bytes=256 * 2**20)
 
     def reference(self, model: Model) -> Reference:
         """The oracle for a model. Raises: NotApplicable where there is none."""

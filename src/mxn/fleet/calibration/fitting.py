@@ -121,6 +121,12 @@ def fitted_costs(profiles: Sequence[Profile]) -> tuple[Costs, Costs]:
     return found[0], found[1]
 
 
+def profile_margins(profile: Profile) -> tuple[float, float]:
+    """What nine of ten points of prefill and of decode are within, each by a fit to the others."""
+    prefill, decode = (_margin(points) for points in _by_group([profile], by_point=True))
+    return prefill, decode
+
+
 def _calibrated(spec: ModelSpec, profiles: Sequence[Profile], versions: Mapping[str, str]) -> Calibrated | None:
     same = [profile for profile in profiles if profile.versions == dict(versions)]
     chosen, widened = (same, 0.0) if same else (list(profiles), _OTHER_VERSIONS_MARGIN)
