@@ -1,10 +1,11 @@
 import errno
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from mxn.bench.records import SCHEMA_FILE, DiskError, contradictions, load, save, schema
+from mxn.bench.records import SCHEMA_FILE, DiskError, config_of, contradictions, load, save, schema
+from mxn.core.model import LoadSettings
 from mxn.errors import ConfigError
 
 from .made import record, report
@@ -62,6 +63,12 @@ def test_edited_figures_contradict_each_other(change: tuple[str, object]) -> Non
 def test_tokens_per_watt_without_energy_is_a_contradiction() -> None:
     lost = replace(record(), energy_j=record(watts=None).energy_j)
     assert "tokens_per_watt without energy_j" in contradictions(report(lost))[0]
+
+
+def test_settings_are_told_in_words() -> None:
+    settings = asdict(LoadSettings(threads=2, options=(("prefill", "int8"),)))
+    found = config_of(settings)
+    assert {"threads=2", "quantisation=auto", "options.prefill=int8"} <= set(found)
 
 
 def test_cost_follows_from_price_and_speed() -> None:

@@ -44,7 +44,7 @@ def test_chats_are_measured_and_the_record_says_how_the_server_was_set(
     assert record["num_output_tokens"] == 2 * 6 * 2 * 4
     assert record["num_prompt_tokens"] > 2 * 6 * 2 * 12  # the template's tokens and the history come on top
     assert record["metrics"]["queue_mean_ms"]["median"] >= 0
-    assert record["subject"]["config"]["max_num_seqs"] >= 1
+    assert "prefix_cache=True" in record["subject"]["config"]
     assert "kernel" in report["manifest"]["drivers"]
 
 

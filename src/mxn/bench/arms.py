@@ -11,7 +11,7 @@ from mxn.bench.client import CompletionsClient, RequestResult
 from mxn.bench.load import LoadRun, Session, drive
 from mxn.bench.quality import Answerer, Asker
 from mxn.bench.queue import QueueTotals, ask_queue
-from mxn.bench.records import Subject
+from mxn.bench.records import Subject, config_of
 from mxn.energy.reader import PowerReader
 from mxn.engine.http_stream import ConnectionPool
 from mxn.errors import ConfigError
@@ -139,7 +139,7 @@ async def describe(base_url: str, label: str, *, model: str | None = None, api_k
                 program=replica.program,
                 threads=replica.threads,
                 notes=tuple(replica.notes),
-                config=deployment.replicas[0].settings if deployment.replicas else {},
+                config=config_of(deployment.replicas[0].settings) if deployment.replicas else (),
             )
     return Subject(label=label, model=name, interface="HTTP")
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import msgspec
+from dataclasses import asdict, dataclass, field
 
 from mxn.backends.base import Backend, Embedder, LoadProgress
 from mxn.bench.client import RequestResult
 from mxn.bench.engine_asker import EngineAsker
 from mxn.bench.queue import QueueTotals
-from mxn.bench.records import Subject
+from mxn.bench.records import Subject, config_of
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model
 from mxn.core.request import FinishReason, SamplingParams, SequenceRequest
@@ -86,7 +84,7 @@ class InProcessArm:
             program=info.program,
             threads=info.threads,
             notes=info.notes,
-            config=msgspec.to_builtins(settings),
+            config=config_of(asdict(settings)),
         )
         return cls(engine, subject, tokenizer=Tokenizer.load(model.folder), readers=(backend.power(chip),))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,7 @@ class Manifest:
 class Subject:
     """What was measured. "unknown" where a foreign server does not say; notes hold what it chose at load time.
 
-    config: the settings that it was loaded with, as `core.model.LoadSettings`; empty where a server does not tell.
+    config: the settings that it was loaded with, as `config_of` writes them; empty where a server does not tell.
     """
 
     label: str
@@ -67,7 +68,7 @@ class Subject:
     program: str = "unknown"
     threads: int | None = None
     notes: tuple[str, ...] = ()
-    config: dict[str, Any] = field(default_factory=dict)
+    config: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,6 +188,12 @@ class Report:
     skipped: tuple[Skipped, ...] = ()
     took_turns: bool = True
     schema_version: int = field(default=SCHEMA_VERSION)
+
+
+def config_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """`core.model.LoadSettings` as words such as "threads=2"; a backend's own options as "options.NAME=VALUE"."""
+    plain = [f"{name}={value}" for name, value in settings.items() if name != "options"]
+    return (*plain, *(f"options.{name}={value}" for name, value in settings.get("options", ())))
 
 
 def save(report: Report, path: Path) -> None:
