@@ -61,6 +61,9 @@ def serve(
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one line of JSON when ready, instead of text.")
     ] = False,
+    vllm_metrics: Annotated[
+        bool, typer.Option("--vllm-metrics", help="Tell figures under vLLM's names too, for inference gateways.")
+    ] = False,
     log_format: Annotated[
         str | None, typer.Option(help="text, or json: one object per line. Default: MXN_LOG_FORMAT, else text.")
     ] = None,
@@ -70,6 +73,8 @@ def serve(
 
     Ends on Ctrl-C or SIGTERM, and lets running requests finish; a second signal ends at once.
     """
+    from dataclasses import replace
+
     from mxn.cli.logs import set_up_logging
     from mxn.cli.prepare import backend_options
     from mxn.errors import ConfigError
@@ -97,7 +102,7 @@ def serve(
     file = _read(model, flags)
     if given and _is_file(model):
         raise ConfigError(f"{', '.join(given)} cannot be combined with {model}: write it into the file instead")
-    settings = _settings(file, api_key or [])
+    settings = replace(_settings(file, api_key or []), vllm_metrics=vllm_metrics or file.server.vllm_metrics)
     where = (host or file.server.host, file.server.port if port is None else port)
     if until_stdin_closes:
         _stop_when_stdin_closes()

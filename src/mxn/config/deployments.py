@@ -38,6 +38,8 @@ class ServerConfig(Checked):
     """Largest request body."""
     drain_s: Seconds = 30.0
     """Seconds that running requests get to finish on SIGTERM."""
+    vllm_metrics: bool = False
+    """Whether /metrics tells the figures that inference gateways read under vLLM's names too."""
 
 
 class DeploymentConfig(Checked):
