@@ -69,7 +69,7 @@ def test_all_faults_come_at_once_with_their_places(tmp_path: Path) -> None:
     lines = [line.removeprefix(str(tmp_path / "mxn.yaml")) for line in str(error.value).splitlines()]
     assert lines == [
         ':2:3: server.prot: unknown key; did you mean "port"? '
-        "(known here: host, port, api_keys, max_queue, max_body_mib, drain_s)",
+        "(known here: host, port, api_keys, max_queue, max_body_mib, drain_s, vllm_metrics)",
         ":3:9: server.host: expected text of at least 1 characters, got ''",
         ":4:9: server.port: expected a number of at most 65535, got 65536",
         ":5:17: server.max_body_mib: expected a finite number, got .nan",
