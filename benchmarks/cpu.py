@@ -25,7 +25,6 @@ import typer
 from bounds import WEIGHT_BITS, Ceilings, Shape, bound, measure_ceilings, shape_of
 from peer_arms import WARM_UP, WARM_UP_TOKENS, Peer, PeerError, Setup, Turn, load_setup, started
 
-from mxn.bench.datasets import Ask, Dataset
 from mxn.bench.environment import busy_warning, manifest
 from mxn.bench.metrics import Spread
 from mxn.bench.records import Record, Report, save
@@ -33,6 +32,7 @@ from mxn.bench.report import Grid, manifest_markdown, number_text, ratio_text, s
 from mxn.bench.runner import measure
 from mxn.bench.workloads import WORKLOADS, PromptMaker, Workload
 from mxn.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, err
+from mxn.config.datasets import Ask, Dataset
 from mxn.engine.http_stream import TransportError
 from mxn.errors import ConfigError, MxnError
 from mxn.fleet.launchers.local import ENVIRONMENT

@@ -13,9 +13,9 @@ import pytest
 
 from mxn.bench.arrivals import arrival_times
 from mxn.bench.client import CompletionsClient
-from mxn.bench.datasets import Ask, Dataset
 from mxn.bench.load import LoadRun, Session, Turn, drive, plan
 from mxn.bench.workloads import PromptMaker, Workload
+from mxn.config.datasets import Ask, Dataset
 from mxn.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from mxn.bench.arrivals import arrival_times
 from mxn.bench.client import CompletionsClient, Message, RequestResult
-from mxn.bench.datasets import MOONCAKE_BLOCK_TOKENS, Ask, Dataset
 from mxn.bench.workloads import PromptMaker, Workload
+from mxn.config.datasets import MOONCAKE_BLOCK_TOKENS, Ask, Dataset
 
 LAG_PROBE_S = 0.02
 """How often the event loop is asked whether it is late."""

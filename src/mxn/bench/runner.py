@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from mxn.bench.arms import Arm, LoadArm
 from mxn.bench.client import RequestResult
-from mxn.bench.datasets import Dataset
 from mxn.bench.load import Session, plan
 from mxn.bench.metrics import (
     Slo,
@@ -26,6 +25,7 @@ from mxn.bench.metrics import (
 from mxn.bench.queue import QueueArm
 from mxn.bench.records import Record, Run
 from mxn.bench.workloads import Api, PromptMaker, Workload, over_chat
+from mxn.config.datasets import Dataset
 from mxn.core.quantity import Quantity
 from mxn.energy.timeline import EnergyTimeline
 from mxn.energy.window import EnergyWindow, WindowEnergy, combine

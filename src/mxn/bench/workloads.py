@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxn.bench.arrivals import ArrivalKind
-from mxn.bench.datasets import Dataset
+from mxn.config.datasets import Dataset
 from mxn.errors import ConfigError, ModelError
 
 Api = Literal["completions", "chat"]

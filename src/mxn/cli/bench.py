@@ -117,7 +117,6 @@ def run_bench(
     import asyncio
     from tempfile import TemporaryDirectory
 
-    from mxn.bench.datasets import load_dataset
     from mxn.bench.environment import busy_warning, manifest
     from mxn.bench.metrics import parse_slo
     from mxn.bench.records import Report
@@ -125,6 +124,7 @@ def run_bench(
     from mxn.cli import bench_arms
     from mxn.cli.console import err
     from mxn.cli.prepare import DEFAULT_MODEL
+    from mxn.config.datasets import load_dataset
     from mxn.energy.external import external_reader
     from mxn.energy.reader import Scope
     from mxn.errors import ConfigError

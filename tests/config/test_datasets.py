@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mxn.bench.datasets import load_dataset
+from mxn.config.datasets import load_dataset
 from mxn.errors import ConfigError
 
 
