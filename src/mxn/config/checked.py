@@ -34,12 +34,12 @@ class Checked(BaseModel):
     )
 
 
-def load_checked(path: Path, model: type[T], cross_check: CrossCheck | None = None) -> T:
+def load_checked(path: Path, model: type[T]) -> T:
     """The file as a `model`.
 
     Raises: ConfigError that lists every fault as `file:line:col: path: expected ..., got ...`.
     """
-    return check(read_yaml(path), model, cross_check)
+    return check(read_yaml(path), model)
 
 
 def check(document: Document, model: type[T], cross_check: CrossCheck | None = None) -> T:

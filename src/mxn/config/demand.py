@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from mxn.config.checked import Checked
 from mxn.config.chip_card import Id
@@ -24,11 +24,19 @@ class LengthConfig(Checked):
 class LoadConfig(Checked):
     """Requests that come in."""
 
+    # With a trace nothing else is written: rate and lengths are put in before the file is checked.
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema.pop("required", None))
+
     requests_per_s: Annotated[float, Field(gt=0, le=1e7)]
     prompt_tokens: Tokens | None = None
     output_tokens: Tokens | None = None
     lengths: tuple[LengthConfig, ...] = ()
     """Instead of one length for all: parts of the requests, whose shares make 1."""
+    trace: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Instead of all these: a file of requests (Azure .csv, Mooncake .jsonl), relative to this one. Planned for are the
+    rate of its busiest minute and the lengths of its requests."""
+    trace_scale: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Multiplies the trace's rate."""
 
     @model_validator(mode="after")
     def _lengths_are_given_once(self) -> LoadConfig:

@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mxn.config.checked import Checked, json_schema, load_checked
+from mxn.config.checked import Checked, check, json_schema
 from mxn.config.cluster import ClusterConfig, PlannedQuantisation, PolicyConfig
 from mxn.config.demand import LoadConfig, ReplicasConfig, SloConfig, WhereConfig
 from mxn.config.demand_checks import demand_faults
 from mxn.config.source import NAME_PATTERN
-from mxn.config.yaml_file import KeyPath, Plain
+from mxn.config.trace_load import expand_traces
+from mxn.config.yaml_file import KeyPath, Plain, read_yaml
 from mxn.core.model import LoadSettings, QuantisationName
 
 GIB = 1 << 30
@@ -123,7 +124,9 @@ class DeploymentsFile(Checked):
 
 def load_deployments(path: Path) -> DeploymentsFile:
     """Reads `mxn.yaml`. Raises: ConfigError that lists every fault as `file:line:col: path: expected ..., got ...`."""
-    return load_checked(path, DeploymentsFile, _faults_between_fields)
+    document = read_yaml(path)
+    expand_traces(document, path.parent)
+    return check(document, DeploymentsFile, _faults_between_fields)
 
 
 def deployments_schema() -> dict[str, Any]:
