@@ -42,7 +42,7 @@ import transformers  # noqa: E402
 from mxn.backends.cuda import CudaBackend  # noqa: E402
 from mxn.backends.gpu import GpuBackend  # noqa: E402
 from mxn.backends.rocm import RocmBackend  # noqa: E402
-from mxn.backends.torch_executor import TorchExecutor  # noqa: E402
+from mxn.backends.torch_executor import chip_executor  # noqa: E402
 from mxn.core.model import LoadSettings, Model  # noqa: E402
 from mxn.core.request import SamplingParams, SequenceRequest  # noqa: E402
 from mxn.energy.reader import NullReader, PowerReader  # noqa: E402
@@ -197,7 +197,7 @@ class Machine:
             progress=lambda phase, done: None,
             sampler="reference" if self.is_dry else None,
         )
-        executor = TorchExecutor(runner)
+        executor = chip_executor(runner)
         warm_up = executor.warm_up()
         say(f"  loaded: {executor.info.attention}, warm-up {warm_up.seconds:.1f} s, {', '.join(warm_up.compiled)}")
         for note in executor.info.notes:

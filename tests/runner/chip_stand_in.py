@@ -46,7 +46,10 @@ class HostAccelerator:
 
         return Captured(replay, output)
 
-    def wait(self) -> None:
+    def mark(self) -> Callable[[], None]:
+        return self._wait
+
+    def _wait(self) -> None:
         self.num_waits += 1
 
     def release(self) -> None: ...

@@ -159,11 +159,11 @@ def test_greedy_tokens_on_the_chip_are_those_of_fp32_on_the_cpu(smollm2: Model) 
         ].tolist()
         for p in prompts
     ]
-    from mxn.backends.torch_executor import TorchExecutor
+    from mxn.backends.torch_executor import chip_executor
     from mxn.core.request import SamplingParams, SequenceRequest
     from mxn.engine.engine import Engine, EngineSettings
 
-    engine = Engine(TorchExecutor(runner), EngineSettings())
+    engine = Engine(chip_executor(runner), EngineSettings())
     for index, prompt in enumerate(prompts):
         sampling = SamplingParams(max_tokens=24, temperature=0.0)
         engine.add(SequenceRequest(seq_id=index, prompt_token_ids=prompt, sampling=sampling))

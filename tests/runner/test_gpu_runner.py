@@ -16,12 +16,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mxn.attention.reference import ReferenceAttention  # noqa: E402
-from mxn.core.batch import SequenceStep, StepBatch  # noqa: E402
+from mxn.core.batch import PENDING, SequenceStep, StepBatch  # noqa: E402
 from mxn.core.model import LoadSettings, Model  # noqa: E402
-from mxn.core.request import SamplingParams  # noqa: E402
+from mxn.core.request import SamplingParams, SequenceRequest  # noqa: E402
 from mxn.errors import ChipError, ConfigError, OutOfMemoryError  # noqa: E402
 from mxn.runner.gpu_runner import GpuRunner  # noqa: E402
 from mxn.runner.graphs import Key, graph_sizes  # noqa: E402
+from mxn.runner.staging import Staging  # noqa: E402
 from mxn.runner.torch_runner import LoadPlan, load_runner  # noqa: E402
 
 pytestmark = pytest.mark.torch
@@ -289,3 +290,102 @@ def test_a_closed_runner_says_so(make_model: Any, load_on_chip: Any) -> None:
     runner.close()
     with pytest.raises(ConfigError, match="closed"):
         runner.execute(StepBatch(step_id=1, sequences=(step(0, [3], 0, SamplingParams(), block=0),)))
+
+
+def through_engine(runner: GpuRunner, rules: list[SamplingParams], **fields: Any) -> tuple[list[list[int]], int]:
+    """The prompts' tokens, and how many steps were submitted with tokens that the host did not know."""
+    from mxn.backends.torch_executor import chip_executor
+    from mxn.engine.engine import Engine, EngineSettings
+
+    executor = chip_executor(runner)
+    engine = Engine(executor, EngineSettings(max_step_tokens=9, **fields))
+    num_ahead = 0
+    submit = runner.submit
+
+    def counted(batch: StepBatch) -> Any:
+        nonlocal num_ahead
+        num_ahead += any(PENDING in one.token_ids for one in batch.sequences)
+        return submit(batch)
+
+    runner.submit = counted
+    for index, (prompt, sampling) in enumerate(zip(PROMPTS, rules, strict=True)):
+        engine.add(SequenceRequest(seq_id=index, prompt_token_ids=prompt, sampling=sampling))
+    found: list[list[int]] = [[] for _ in PROMPTS]
+    while engine.has_work:
+        for output in engine.step():
+            assert output.error is None
+            found[output.seq_id] += output.token_ids
+        engine.check_integrity()
+    return found, num_ahead
+
+
+RULES = [
+    SamplingParams(temperature=0.0, max_tokens=12),
+    SamplingParams(temperature=0.9, seed=5, max_tokens=7),
+    SamplingParams(temperature=0.8, top_k=9, seed=6, max_tokens=12, stop_token_ids=tuple(range(0, 128, 5))),
+    SamplingParams(temperature=0.7, top_p=0.9, seed=7, max_tokens=9),
+]
+
+
+@pytest.mark.parametrize("has_graphs", [True, False], ids=["graphs", "eager"])
+def test_steps_taken_ahead_draw_the_tokens_of_steps_taken_one_by_one(
+    has_graphs: bool, make_model: Any, load_on_chip: Any
+) -> None:
+    reference, model = make_model("llama")
+    found = {}
+    for looks_ahead in (True, False):
+        runner = load_on_chip(model, has_graphs=has_graphs)
+        runner.warm_up()
+        found[looks_ahead], num_ahead = through_engine(runner, RULES, looks_ahead=looks_ahead)
+        assert (num_ahead > 8) == looks_ahead
+        assert (runner.num_replayed > 4) == has_graphs
+    assert found[True] == found[False]
+    greedy = reference.generate(
+        torch.tensor([PROMPTS[0]]), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    assert found[True][0] == greedy[0, len(PROMPTS[0]) :].tolist()
+
+
+def test_a_sequence_that_drew_no_token_harms_nobody_in_the_step_taken_ahead(make_model: Any, load_on_chip: Any) -> None:
+    _, model = make_model("llama")
+    runner = load_on_chip(model)
+    runner.warm_up()
+    greedy = SamplingParams(temperature=0.0)
+    with torch.inference_mode():
+        for cache in runner._attention.values:
+            cache[5] = float("nan")
+    first = runner.submit(
+        StepBatch(step_id=1, sequences=(step(0, [3], 0, greedy, block=1), step(1, [3], 1, greedy, block=5)))
+    )
+    ahead = [step(i, [PENDING], 1 + i, greedy, block=block) for i, block in ((0, 1), (1, 5))]
+    second = runner.submit(StepBatch(step_id=2, sequences=tuple(ahead)))
+    (token,) = first.result().tokens
+    assert first.result().failed[0][0] == 1
+    (after,) = second.result().tokens
+    known = runner.execute(StepBatch(step_id=3, sequences=(step(0, [token.token_id], 1, greedy, block=1),)))
+    assert after.token_id == known.tokens[0].token_id
+
+
+def test_what_a_step_under_way_reads_on_the_host_is_left_alone() -> None:
+    staging = Staging(HostAccelerator(), {"a": (torch.int32, (3,)), "b": (torch.int64, (2, 4))})
+    first = staging.host
+    first["a"][:] = 1
+    staging.send(2)
+    assert staging.host["a"] is not first["a"]
+    staging.host["a"][:] = 2
+    assert first["a"].tolist() == [1, 1, 1]
+    assert staging.device["a"].tolist() == [1, 1, 1]
+    staging.send(2)
+    assert staging.device["a"].tolist() == [2, 2, 2]
+    assert staging.host["a"] is first["a"]
+
+
+def test_looking_ahead_can_be_switched_off(make_model: Any, load_on_chip: Any) -> None:
+    from mxn.backends.base import Executor
+    from mxn.backends.torch_executor import chip_executor
+
+    _, model = make_model("llama")
+    runner = load_on_chip(model)
+    assert type(chip_executor(runner)).submit is not Executor.submit
+    runner.takes_steps_ahead = False
+    assert type(chip_executor(runner)).submit is Executor.submit

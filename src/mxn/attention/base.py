@@ -46,6 +46,13 @@ class AttentionMetadata:
         return int(self.context_lens.shape[0])
 
 
+def to_chip(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the chip, once the chip gets there: the host does not wait for what it is doing now."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory, the copy may wait for the steps before it
+    return tensor.to(device, non_blocking=True)
+
+
 class AttentionBackend(ABC):
     """Paged attention with its KV cache for all layers of one model."""
 

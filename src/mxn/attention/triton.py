@@ -18,7 +18,7 @@ from mxn_kernels.kv_cache import KVCache, Scaling
 from mxn_kernels.shared_prefix import LAUNCH_BYTES, PrefixGroup, SharedPrefix, groups_that_pay
 from mxn_kernels.target import Target
 
-from mxn.attention.base import AttentionBackend, AttentionMetadata, LayerKV
+from mxn.attention.base import AttentionBackend, AttentionMetadata, LayerKV, to_chip
 from mxn.errors import KernelUnavailableError
 
 LONG_CONTEXT = 2048
@@ -192,17 +192,14 @@ def plan_step(host: AttentionMetadata, attention: TritonAttention, device: torch
         prefix = SharedPrefix.of(groups, **size, device=device)
     prefill_starts = host.query_starts[num_decodes:] - num_decodes
 
-    def moved(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, non_blocking=True)
-
     return PlannedMetadata(
-        query_starts=moved(host.query_starts),
-        context_lens=moved(host.context_lens),
-        block_table=moved(host.block_table),
-        slot_mapping=moved(host.slot_mapping),
+        query_starts=to_chip(host.query_starts, device),
+        context_lens=to_chip(host.context_lens, device),
+        block_table=to_chip(host.block_table, device),
+        slot_mapping=to_chip(host.slot_mapping, device),
         max_query_len=host.max_query_len,
         num_decodes=num_decodes,
-        prefill_starts=moved(prefill_starts),
+        prefill_starts=to_chip(prefill_starts, device),
         max_context=max(contexts, default=0),
         prefix=prefix,
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from mxn.backends.contract import API_VERSION, check_class, check_version
 from mxn.core.batch import StepBatch, StepResult
@@ -158,12 +158,12 @@ class ExecutorInfo:
     notes: tuple[str, ...] = ()
 
 
-class PendingStep(ABC):
+class PendingStep(Protocol):
     """A step that was submitted."""
 
-    @abstractmethod
     def result(self) -> StepResult:
         """Waits for the step and answers as `Executor.execute` does, errors included. Called at most once."""
+        ...
 
 
 class Executor(ABC):

@@ -162,14 +162,14 @@ class GpuBackend(Backend, ABC):
     def load(self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress) -> Executor:
         if len(chips) != 1:
             raise ChipError(f'backend "{self.name}" runs a replica on one chip, got {len(chips)}')
-        from mxn.backends.torch_executor import TorchExecutor
+        from mxn.backends.torch_executor import chip_executor
         from mxn.runner.accelerator import CudaAccelerator, find_device
         from mxn.runner.gpu import load_gpu_runner
 
         (chip,) = chips
         accelerator = CudaAccelerator(find_device(chip.facts["uuid"], chip.facts.get("pci", "")))
         offered = self.quantisations(chip.facts["target"])
-        return TorchExecutor(
+        return chip_executor(
             load_gpu_runner(model, settings, accelerator=accelerator, quantisations=offered, progress=progress)
         )
 

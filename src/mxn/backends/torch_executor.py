@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from mxn.backends.base import Executor, ExecutorInfo, KVCopy, PagedKV, WarmUp
+from mxn.backends.base import Executor, ExecutorInfo, KVCopy, PagedKV, PendingStep, WarmUp
 from mxn.core.batch import StepBatch, StepResult
 
 
@@ -62,3 +62,27 @@ class TorchExecutor(Executor):
 
     def close(self) -> None:
         self._runner.close()
+
+
+class AheadRunner(StepRunner, Protocol):
+    """What `mxn.runner.gpu_runner.GpuRunner` offers."""
+
+    takes_steps_ahead: bool
+
+    def submit(self, batch: StepBatch) -> PendingStep: ...
+
+
+class TorchAheadExecutor(TorchExecutor):
+    """The same on a chip that works apart from the host: steps are taken ahead."""
+
+    def __init__(self, runner: AheadRunner) -> None:
+        super().__init__(runner)
+        self._ahead = runner
+
+    def submit(self, batch: StepBatch) -> PendingStep:
+        return self._ahead.submit(batch)
+
+
+def chip_executor(runner: AheadRunner) -> Executor:
+    """The executor of a runner on a chip: one that takes steps ahead, unless that was switched off."""
+    return TorchAheadExecutor(runner) if runner.takes_steps_ahead else TorchExecutor(runner)

@@ -49,8 +49,8 @@ class Accelerator(Protocol):
         warm_up: launches the same over inputs of its own; it runs first, so that nothing is compiled on the way.
         """
 
-    def wait(self) -> None:
-        """Returns when everything launched so far has happened."""
+    def mark(self) -> Callable[[], None]:
+        """Notes what has been launched so far. The answer, called, returns when all of it has happened."""
 
     def release(self) -> None:
         """Gives back what the allocator holds unused."""
@@ -64,7 +64,6 @@ class CudaAccelerator:
         self.select()
         self._pool = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream(self.device)  # one for all: libraries keep a workspace per stream
-        self._done = torch.cuda.Event()
 
     def select(self) -> None:
         torch.cuda.set_device(self.device)
@@ -105,9 +104,10 @@ class CudaAccelerator:
                 graph.capture_end()
         return Captured(graph.replay, output)
 
-    def wait(self) -> None:
-        self._done.record()
-        self._done.synchronize()
+    def mark(self) -> Callable[[], None]:
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
 
     def release(self) -> None:
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
 """Draws tokens on the chip with the `sample` op of `mxn_kernels`, one launch for all rows and one copy back.
 
-The op knows temperature, top-k, top-p, min-p and seeds. Rows that ask for more (penalties, logit bias, a ban of end
-tokens, log probabilities) go to the torch sampler. Both use the same generator in the same order, and which of the two
-draws for a sequence depends on the sequence alone, never on its neighbours.
+The op knows temperature, top-k, top-p, min-p and seeds. Rows that ask for more (those that are not `is_plain`:
+penalties, logit bias, a ban of end tokens, log probabilities) go to the torch sampler. Both use the same generator in
+the same order, and which of the two draws for a sequence depends on the sequence alone, never on its neighbours.
 """
 
 from __future__ import annotations
@@ -26,17 +26,6 @@ RULES: dict[str, torch.dtype] = {
 """What the op takes for each row, in the order of its arguments."""
 
 MAX_VOCABULARY = 1 << 20  # ids and probabilities share a 64-bit key in the op
-
-
-def is_plain(step: SequenceStep) -> bool:
-    """Whether the op alone can draw for this sequence."""
-    sampling = step.sampling
-    return not (
-        sampling.needs_history
-        or sampling.logit_bias
-        or sampling.num_logprobs is not None
-        or step.num_output_tokens < sampling.min_tokens
-    )
 
 
 def fill_rules(arrays: Mapping[str, np.ndarray], steps: Sequence[SequenceStep]) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from mxn.attention.base import AttentionBackend, AttentionMetadata, LayerKV
+from mxn.attention.base import AttentionBackend, AttentionMetadata, LayerKV, to_chip
 from mxn.attention.reference import ReferenceAttention
 from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.errors import ConfigError, KernelUnavailableError, OutOfMemoryError
@@ -29,10 +29,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "kv": ("auto", "fp8"),
     "fuse": ("auto", "off"),
     "splits": ("auto", "1", "2", "4", "8", "16", "32"),
+    "ahead": ("auto", "off"),
 }
 """graphs: capture decode while serving, before it, or never. prefill: who computes it. kv: the cache's numbers, auto
 for the model's own. fuse: norms and gates as one kernel each. splits: of a decoding sequence's context; a fixed number
-makes its result independent of the batch, bit for bit."""
+makes its result independent of the batch, bit for bit. ahead: the next step is prepared while the chip runs one."""
 
 _GIB = 2**30
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -123,6 +124,7 @@ def load_gpu_runner(
             max_num_seqs=settings.max_num_seqs,
             sampler=sampler,
             waits_for_graphs=choices.options["graphs"] == "wait",
+            takes_steps_ahead=choices.options["ahead"] == "auto",
             **parts,
         )
 
@@ -272,7 +274,7 @@ def _planner(attention: AttentionBackend, accelerator: Accelerator) -> Callable[
 
 def _moved(meta: AttentionMetadata, device: torch.device) -> AttentionMetadata:
     tensors = {name: getattr(meta, name) for name in ("query_starts", "context_lens", "block_table", "slot_mapping")}
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    moved = {name: to_chip(tensor, device) for name, tensor in tensors.items()}
     return AttentionMetadata(**moved, max_query_len=meta.max_query_len)
 
 

@@ -21,6 +21,7 @@ from mxn.attention.base import AttentionMetadata
 from mxn.core.batch import SequenceStep
 from mxn.runner.accelerator import Accelerator, Captured
 from mxn.runner.chip_sampler import RULES, draw, fill_rules
+from mxn.runner.drawn import DrawnTokens
 from mxn.runner.forward import ForwardProgram
 from mxn.runner.inputs import StepInputs
 from mxn.runner.staging import Staging
@@ -76,18 +77,22 @@ class DecodeGraphs:
         max_num_seqs: int,
         max_context: int,
         block_size: int,
+        drawn: DrawnTokens,
         sampler: str | None = None,
     ) -> None:
-        """Args: attention: its backend's part. sampler: implementation of the `sample` op, None for the chip's own."""
+        """Args: attention: its backend's part. drawn: gives the tokens of the step before, and takes this one's.
+        sampler: implementation of the `sample` op, None for the chip's own.
+        """
         self.sizes = graph_sizes(max_num_seqs)
         self.failures: dict[Key, str] = {}
         self._accelerator, self._forward, self._attention = accelerator, forward, attention
-        self._sampler = sampler
+        self._drawn, self._sampler = drawn, sampler
         self._graphs: dict[Key, Captured] = {}
         self._wanted: queue.SimpleQueue[Key | None] = queue.SimpleQueue()
         self._asked: set[Key] = set()
         self._is_idle = threading.Event()
-        rows = {"token_ids": torch.int64, "positions": torch.int64, "context_lens": torch.int32}
+        rows = {name: torch.int64 for name in ("token_ids", "sources", "positions")}
+        rows["context_lens"] = torch.int32
         rows |= {"slot_mapping": torch.int32, **RULES}
         parts = {name: (dtype, (max_num_seqs,)) for name, dtype in rows.items()}
         parts |= {name: (dtype, (length,)) for name, (dtype, length) in attention.parts.items()}
@@ -95,8 +100,6 @@ class DecodeGraphs:
         self._staging = Staging(accelerator, {**parts, "block_table": (torch.int32, (max_num_seqs, width))})
         self._starts = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=accelerator.device)
         self._rows = torch.arange(max_num_seqs, dtype=torch.int64, device=accelerator.device)
-        self._ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=accelerator.device)
-        self._ids_on_host = accelerator.host_tensor(8 * max_num_seqs).view(torch.int64)
         self._is_closed = False
         self._thread: threading.Thread | None = None
 
@@ -145,12 +148,11 @@ class DecodeGraphs:
 
     def run(
         self, key: Key, inputs: StepInputs, steps: Sequence[SequenceStep], groups: Sequence[Any] = ()
-    ) -> tuple[torch.Tensor, np.ndarray]:
-        """Replays a captured graph.
+    ) -> torch.Tensor:
+        """Replays a captured graph, which leaves the tokens it draws in the first rows of `drawn.ids`.
 
         Args: inputs: on the host; every sequence has one token. groups: of `find_groups`, for one that shares prefixes.
-        Returns: logits (sequences, vocabulary) on the chip, overwritten by the next replay, and drawn tokens
-          (sequences) on the host: -1 where none could be drawn.
+        Returns: logits (sequences, vocabulary) on the chip, overwritten by the next replay.
         """
         graph, count = self._graphs[key], len(steps)
         self._fill(inputs, steps, key.size)
@@ -158,13 +160,14 @@ class DecodeGraphs:
             self._attention.fill(self._staging.host, groups)
         self._staging.send(count)
         graph.replay()
-        self._ids_on_host[:count].copy_(self._ids[:count], non_blocking=True)
-        self._accelerator.wait()
-        return graph.output[:count], self._ids_on_host[:count].numpy()
+        return graph.output[:count]
 
     def _fill(self, inputs: StepInputs, steps: Sequence[SequenceStep], size: int) -> None:
         host, meta, count = self._staging.host, inputs.attention, len(steps)
-        host["token_ids"][:count] = inputs.token_ids[0].numpy()
+        token_ids = inputs.token_ids[0].numpy()
+        sources = self._drawn.sources(token_ids, meta.query_starts.numpy(), steps, size)
+        host["sources"][:size] = np.arange(size) if sources is None else sources
+        host["token_ids"][:count] = token_ids
         host["positions"][:count] = inputs.positions[0].numpy()
         host["context_lens"][:count] = meta.context_lens.numpy()
         host["slot_mapping"][:count] = meta.slot_mapping.numpy()
@@ -204,9 +207,9 @@ class DecodeGraphs:
         parts = self._staging.device
         staged = {name: parts[name] if name in self._attention.parts else parts[name][: key.size] for name in parts}
         spare = {name: torch.full_like(tensor, -1 if name == "slot_mapping" else 0) for name, tensor in staged.items()}
-        ids = torch.empty_like(self._ids[: key.size])
+        ids = torch.empty_like(self._drawn.ids[: key.size])
         return self._accelerator.capture(
-            lambda: self._compute(staged, self._ids, key), lambda: self._compute(spare, ids, key)
+            lambda: self._compute(staged, self._drawn.ids, key), lambda: self._compute(spare, ids, key)
         )
 
     def _compute(self, tensors: dict[str, torch.Tensor], ids: torch.Tensor, key: Key) -> torch.Tensor:
@@ -220,7 +223,7 @@ class DecodeGraphs:
         )
         logits = self._forward(
             StepInputs(
-                token_ids=tensors["token_ids"].unsqueeze(0),
+                token_ids=self._drawn.chosen(tensors["token_ids"], tensors["sources"]).unsqueeze(0),
                 positions=tensors["positions"].unsqueeze(0),
                 logit_rows=self._rows[:size],
                 row_ranges=tuple((row, row + 1) for row in range(size)),
