@@ -19,7 +19,11 @@ from mxn.errors import ConfigError
 from mxn.fleet.calibration.profile import read_profiles
 
 ACME = Path(__file__).parents[2] / "examples/mxn-acme"
-SCRIPTED = ["tokens and logprobs are the references", "the quantisation it chooses itself is close to the reference"]
+SCRIPTED = [
+    "tokens and logprobs are the references",
+    "the quantisation it chooses itself is close to the reference",
+    "log probabilities of the prompt are the references",
+]
 
 
 def install(package: Path, into: Path) -> None:

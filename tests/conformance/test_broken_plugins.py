@@ -145,6 +145,15 @@ BROKEN: dict[str, tuple[int, str, str, str]] = {
         SEED,
         "in a batch",
     ),
+    "forgets_the_prompt": (
+        3,
+        EXECUTOR
+        + "    def execute(self, batch):\n"
+        + "        return replace(super().execute(batch), prompt_logprobs=())\n"
+        + "Acme.capabilities = lambda self, chip: replace(FakeBackend.capabilities(self, chip), is_scripted=False)",
+        "log probabilities of the prompt are the references",
+        "got 0 log probabilities; expected 15",
+    ),
     "is_no_model": (
         3,
         HEAD

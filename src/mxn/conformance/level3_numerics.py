@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from mxn.conformance.reference import Reference
+from mxn.conformance.reference import Floats, Reference
 from mxn.conformance.result import CheckFailed, NotApplicable
 from mxn.conformance.subject import Ask, Generated, Subject, WatchedReplica, info_of, prompt, require_equal
+from mxn.core.request import PROMPT_LOGPROBS, TokenLogprob
 
 TOLERANCES = {"none": 0.005, "fp32": 0.005, "fp16": 0.1, "bf16": 0.6, "int8": 1.0}
 """Log probabilities may differ by this much from float64. The CPU backend's largest differences on the tiny models, two
@@ -33,6 +34,29 @@ async def the_quantisation_it_chooses_itself_is_close_to_the_reference(subject: 
     replica = await subject.replica(model, replace(subject.precise, quantisation="auto"))
     worst = await _compare(subject, replica, subject.reference(model))
     return f"{info_of(replica).quantisation}, largest difference {worst:.1e}"
+
+
+async def log_probabilities_of_the_prompt_are_the_references(subject: Subject) -> str:
+    model = subject.runnable[0]
+    replica = await subject.replica(model)
+    if PROMPT_LOGPROBS in info_of(replica).refused:
+        raise NotApplicable("its server gives no log probabilities of the prompt")
+    tolerance = _tolerance(subject, replica)
+    asks = [Ask(prompt(length, salt=60 + length), max_tokens=2, num_prompt_logprobs=NUM_TOP) for length in (1, 16, 120)]
+    worst = 0.0
+    for ask, one in zip(asks, await subject.run(replica, asks), strict=True):
+        entries = one.prompt_logprobs[1:]
+        if len(one.prompt_logprobs) != len(ask.prompt) or None in entries:
+            raise CheckFailed(
+                f"a prompt of {len(ask.prompt)} tokens got {len([e for e in entries if e])} log probabilities; "
+                f"expected {len(ask.prompt) - 1}, of every token after the first (SamplingParams.num_prompt_logprobs)"
+            )
+        rows = subject.reference(model).logprobs(ask.prompt)
+        for i, (row, entry, token_id) in enumerate(zip(rows, entries, ask.prompt[1:], strict=False), start=1):
+            if entry is None or entry.token_id != token_id:
+                raise CheckFailed(f"the log probability of prompt token {i} is that of another token")
+            worst = max(worst, _apart(row, entry, f"prompt token {i} of {len(ask.prompt)}", tolerance))
+    return f"largest difference {worst:.1e}"
 
 
 async def the_prefix_cache_changes_no_token(subject: Subject) -> str:
@@ -99,6 +123,7 @@ async def a_seed_draws_the_same_whatever_the_batch(subject: Subject) -> str:
 CHECKS = (
     tokens_and_logprobs_are_the_references,
     the_quantisation_it_chooses_itself_is_close_to_the_reference,
+    log_probabilities_of_the_prompt_are_the_references,
     the_prefix_cache_changes_no_token,
     nothing_leaks_between_requests,
     nothing_leaks_between_tenants,
@@ -108,6 +133,14 @@ CHECKS = (
 
 async def _compare(subject: Subject, replica: WatchedReplica, reference: Reference) -> float:
     """Largest difference of a log probability from the reference's, given the tokens that the backend itself drew."""
+    tolerance = _tolerance(subject, replica)
+    asks = [Ask(prompt(length, salt=i), num_logprobs=NUM_TOP) for i, length in enumerate(LENGTHS)]
+    found = await subject.run(replica, asks)
+    return max(_difference(ask, one, reference, tolerance) for ask, one in zip(asks, found, strict=True))
+
+
+def _tolerance(subject: Subject, replica: WatchedReplica) -> float:
+    """How far log probabilities may be off. Raises: NotApplicable where they cannot be judged."""
     if subject.capabilities.is_scripted:
         raise NotApplicable("its tokens are scripted and not computed from weights: it has no numerics to judge")
     quantisation = info_of(replica).quantisation
@@ -115,9 +148,7 @@ async def _compare(subject: Subject, replica: WatchedReplica, reference: Referen
     if tolerance is None:
         known = ", ".join(TOLERANCES)
         raise NotApplicable(f'"{quantisation}" is too narrow to compare on a tiny random model; judged are {known}')
-    asks = [Ask(prompt(length, salt=i), num_logprobs=NUM_TOP) for i, length in enumerate(LENGTHS)]
-    found = await subject.run(replica, asks)
-    return max(_difference(ask, one, reference, tolerance) for ask, one in zip(asks, found, strict=True))
+    return tolerance
 
 
 def _difference(ask: Ask, found: Generated, reference: Reference, tolerance: float) -> float:
@@ -137,9 +168,14 @@ def _difference(ask: Ask, found: Generated, reference: Reference, tolerance: flo
     if len(found.logprobs) != len(found.token_ids):
         raise CheckFailed(f"{len(found.logprobs)} log probabilities for {len(found.token_ids)} tokens")
     for i, (row, entry) in enumerate(zip(rows, found.logprobs, strict=True)):
-        pairs = [(entry.token_id, entry.logprob), *entry.top]
-        apart = max(abs(float(row[token_id]) - logprob) for token_id, logprob in pairs)
-        if not np.isfinite(apart) or apart > tolerance:
-            raise CheckFailed(f"{where} {i}: a log probability is {apart:.3f} off (at most {tolerance:g} is rounding)")
-        worst = max(worst, apart)
+        worst = max(worst, _apart(row, entry, f"{where} {i}", tolerance))
     return worst
+
+
+def _apart(row: Floats, entry: TokenLogprob, where: str, tolerance: float) -> float:
+    """How far log probabilities are from the reference's. Raises: CheckFailed when it is more than rounding."""
+    pairs = [(entry.token_id, entry.logprob), *entry.top]
+    apart = max(abs(float(row[token_id]) - logprob) for token_id, logprob in pairs)
+    if not np.isfinite(apart) or apart > tolerance:
+        raise CheckFailed(f"{where}: a log probability is {apart:.3f} off (at most {tolerance:g} is rounding)")
+    return apart

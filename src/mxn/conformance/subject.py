@@ -57,6 +57,7 @@ class Generated:
     text: str = ""
     num_tokens: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -77,6 +78,7 @@ class Ask:
     temperature: float = 0.0
     seed: int | None = None
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
 
 class Subject:
@@ -152,7 +154,11 @@ class Subject:
     def submit(self, replica: WatchedReplica, ask: Ask) -> SequenceStream:
         """Begins a sequence."""
         sampling = SamplingParams(
-            max_tokens=ask.max_tokens, temperature=ask.temperature, seed=ask.seed, num_logprobs=ask.num_logprobs
+            max_tokens=ask.max_tokens,
+            temperature=ask.temperature,
+            seed=ask.seed,
+            num_logprobs=ask.num_logprobs,
+            num_prompt_logprobs=ask.num_prompt_logprobs,
         )
         return replica.submit(
             SequenceRequest(
@@ -211,6 +217,7 @@ async def _collect(stream: SequenceStream) -> Generated:
         found.text += output.text or ""
         found.num_tokens += output.num_tokens
         found.logprobs += output.logprobs
+        found.prompt_logprobs = output.prompt_logprobs or found.prompt_logprobs
         found.num_cached_tokens = max(found.num_cached_tokens, output.num_cached_tokens)
         found.finish_reason, found.error = output.finish_reason, output.error
     return found
