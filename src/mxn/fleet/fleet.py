@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mxn.engine.tokenizer import Tokenizer
-from mxn.errors import ConfigError
 from mxn.fleet.deployment import Deployment
-from mxn.fleet.spec import DeploymentSpec, PlacementSpec
+from mxn.fleet.launchers.base import Launcher
+from mxn.fleet.launchers.local import LocalLauncher
+from mxn.fleet.spec import DeploymentSpec, FleetSpec, PlacementSpec
+from mxn.fleet.state import RuntimeFolder
+from mxn.fleet.supervisor import Supervisor
 
 
 class Fleet:
-    """Starts, finds and stops deployments."""
+    """Finds deployments for the gateway; its supervisor sees to it that they run.
 
-    def __init__(self, specs: Sequence[DeploymentSpec]) -> None:
-        names = [spec.name for spec in specs]
-        if len(set(names)) != len(names):
-            doubled = sorted({name for name in names if names.count(name) > 1})
-            raise ConfigError(f"deployment names must differ; given more than once: {', '.join(doubled)}")
-        on_chip = Counter(chip.uid for spec in specs for placement in spec.placements for chip in placement.chips)
-        shared = [
-            replace(spec, placements=tuple(_with_share(placement, on_chip) for placement in spec.placements))
-            for spec in specs
-        ]
-        self._deployments = {spec.name: Deployment(spec, Tokenizer.load(spec.model.folder)) for spec in shared}
+    spec: what should run from the start; deployments alone share their chips evenly.
+    """
+
+    def __init__(
+        self,
+        spec: FleetSpec | Sequence[DeploymentSpec],
+        launcher: Launcher | None = None,
+        *,
+        folder: RuntimeFolder | None = None,
+        drain_s: float = 30.0,
+    ) -> None:
+        self.supervisor = Supervisor(launcher or LocalLauncher(), folder=folder, drain_s=drain_s)
+        self.supervisor.want(spec if isinstance(spec, FleetSpec) else FleetSpec(deployments=_sharing(spec)))
 
     @property
     def deployments(self) -> list[Deployment]:
         """In the order given."""
-        return list(self._deployments.values())
+        return self.supervisor.deployments
 
     def get(self, name: str) -> Deployment | None:
         """The deployment that serves this model name, or None."""
-        return self._deployments.get(name)
+        return self.supervisor.get(name)
 
     async def start(self) -> None:
-        """Starts all replicas, those that share a chip one after another. Returns when each is ready or failed."""
-        by_chip: dict[tuple[str, ...], list[tuple[Deployment, PlacementSpec]]] = {}
-        for deployment in self.deployments:
-            for placement in deployment.spec.placements:
-                chips = tuple(sorted(chip.uid for chip in placement.chips))
-                by_chip.setdefault(chips, []).append((deployment, placement))
-        await asyncio.gather(*(_start_in_order(group) for group in by_chip.values()))
+        """Starts what should run. Returns when every replica is ready or failed."""
+        self.supervisor.start()
+        await self.supervisor.wait_until_settled()
 
     async def drain(self) -> None:
         """Takes no new sequences anywhere."""
@@ -53,14 +52,14 @@ class Fleet:
 
     async def stop(self, drain_s: float = 30.0) -> None:
         """Lets what runs finish for at most `drain_s` seconds, then ends all replicas."""
-        await asyncio.gather(*(d.stop(drain_s) for d in self.deployments))
+        await self.supervisor.stop(drain_s)
 
 
-async def _start_in_order(placements: list[tuple[Deployment, PlacementSpec]]) -> None:
-    for deployment, placement in placements:
-        keeper = deployment.add(placement)
-        await asyncio.gather(keeper.wait_until_settled(), return_exceptions=True)
+def _sharing(specs: Sequence[DeploymentSpec]) -> list[DeploymentSpec]:
+    """The same, each placement answering for an even share of its chips' energy."""
+    on_chip = Counter(chip.uid for spec in specs for placement in spec.placements for chip in placement.chips)
 
+    def shared(placement: PlacementSpec) -> PlacementSpec:
+        return replace(placement, chip_share=1 / max(on_chip[chip.uid] for chip in placement.chips))
 
-def _with_share(placement: PlacementSpec, on_chip: Counter[str]) -> PlacementSpec:
-    return replace(placement, chip_share=1 / max(on_chip[chip.uid] for chip in placement.chips))
+    return [replace(spec, placements=tuple(map(shared, spec.placements))) for spec in specs]

@@ -1,0 +1,551 @@
+"""Makes the replicas that run those that should run, and keeps it so whatever happens to either side.
+
+Every event, be it a new plan, a replica's end, a cordon or a request for a model that is not loaded, only wakes one
+loop, which compares what should run with what runs and takes the next steps. Nothing depends on the order of events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mxn.engine.messages import load_key
+from mxn.engine.tokenizer import Tokenizer
+from mxn.errors import ConfigError, MxnError, OverloadedError, UnavailableError
+from mxn.fleet.deployment import Deployment
+from mxn.fleet.keeper import Keeper
+from mxn.fleet.launchers.base import Launcher
+from mxn.fleet.launchers.in_turn import InTurn
+from mxn.fleet.spec import DeploymentSpec, FleetSpec, PlacementSpec, load_of
+from mxn.fleet.state import RuntimeFolder
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 0.25
+"""How often it is looked whether a model is idle, where that matters to another or to itself."""
+
+_TRY_AGAIN_S = 10.0
+"""How often a model that failed to load is tried again for those who ask for it."""
+_GIB = 1 << 30
+
+Resolve = Callable[[Collection[str]], FleetSpec]
+"""What should run when the chips of these uids may not be used. Raises: MxnError when that cannot be."""
+
+
+@dataclass(slots=True)
+class Member:
+    """A replica that is there. key: what it was started as. ending: set while it is being drained and stopped."""
+
+    deployment: Deployment
+    keeper: Keeper
+    key: str
+    ending: asyncio.Task[None] | None = None
+
+    @property
+    def placement(self) -> PlacementSpec:
+        return self.keeper.placement
+
+    @property
+    def holds_memory(self) -> bool:
+        """False once it has failed for good: its process is gone."""
+        return self.ending is not None or self.keeper.state != "failed"
+
+
+class Supervisor:
+    """Desired against actual.
+
+    cordoned: chips on which nothing is started, each with the reason.
+    """
+
+    def __init__(self, launcher: Launcher, *, folder: RuntimeFolder | None = None, drain_s: float = 30.0) -> None:
+        """folder: keeps the cordons for the next gateway. drain_s: how long a replica that leaves may finish."""
+        self.cordoned: dict[str, str] = dict(folder.state.cordoned) if folder is not None else {}
+        self._launcher = InTurn(launcher)
+        self._folder = folder
+        self._drain_s = drain_s
+        self._spec = FleetSpec(deployments=())
+        self._resolve: Resolve | None = None
+        self._deployments: dict[str, list[Deployment]] = {}
+        self._members: dict[str, Member] = {}
+        self._waiting: dict[str, str] = {}
+        self._cramped: set[str] = set()
+        self._drained: set[tuple[str, str]] = set()
+        self._asked_s: dict[str, float] = {}
+        self._loaded: set[str] = set()
+        self._num_in_line: dict[str, int] = {}
+        self._lost: set[str] = set()
+        self._emptied: set[str] = set()
+        self._tried_s: dict[str, float] = {}
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.Task[None] | None = None
+        self._planning = asyncio.Lock()
+        self._num_planning = 0
+
+    # ------------------------------------------------------------------ what there is
+
+    @property
+    def deployments(self) -> list[Deployment]:
+        """One of each name, in the order of the plan; those that are leaving come last."""
+        order = {spec.name: index for index, spec in enumerate(self._spec.deployments)}
+        names = sorted(self._deployments, key=lambda name: order.get(name, len(order)))
+        return [found for name in names if (found := self.get(name)) is not None]
+
+    def get(self, name: str) -> Deployment | None:
+        """The deployment that serves this model name: the newest, or one before it until that is ready."""
+        line = self._deployments.get(name)
+        if not line:
+            return None
+        return next((deployment for deployment in reversed(line) if deployment.is_ready), line[-1])
+
+    @property
+    def members(self) -> list[Member]:
+        """All replicas that are there, on their way in or out."""
+        return list(self._members.values())
+
+    def free_bytes(self, chip: str) -> float:
+        """Memory of a chip that is promised to nobody."""
+        promised = sum(m.placement.memory_bytes for m in self._members.values() if m.holds_memory and _is_on(m, chip))
+        return self._spec.memory_bytes.get(chip, float("inf")) - promised
+
+    # ------------------------------------------------------------------ what should be
+
+    def want(self, spec: FleetSpec, tokenizers: Mapping[str, Tokenizer] | None = None) -> None:
+        """Takes a new goal. Replicas that both goals want run on untouched.
+
+        tokenizers: by folder, of models that are new.
+        """
+        names = [one.name for one in spec.deployments]
+        if len(set(names)) != len(names):
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            raise ConfigError(f"deployment names must differ; given more than once: {', '.join(doubled)}")
+        self._spec = spec
+        for one in spec.deployments:
+            line = self._deployments.setdefault(one.name, [])
+            known = next((deployment for deployment in line if deployment.model == one.model), None)
+            if known is None:
+                folder = one.model.folder
+                known = Deployment(
+                    one,
+                    (tokenizers or {}).get(folder) or Tokenizer.load(folder),
+                    self._launcher,
+                    on_change=self._poke,
+                    on_chip_lost=self._on_chip_lost,
+                )
+            else:
+                line.remove(known)
+            known.spec = one
+            line.append(known)
+        for name in self._deployments:
+            self._try_failed_again(name)
+        self._poke()
+
+    async def apply(self, resolve: Resolve) -> FleetSpec:
+        """Makes a new plan and goes over to it. Raises: MxnError when it cannot be; what was wanted stays so then."""
+        async with self._planned():
+            spec, tokenizers = await asyncio.to_thread(self._prepare, resolve)
+            self._resolve = resolve
+            self._drained.clear()
+            self.want(spec, tokenizers)
+        return spec
+
+    async def cordon(self, chip: str, reason: str = "cordoned by hand") -> None:
+        """Nothing is started on the chip any more; what runs there goes on until the next plan."""
+        self.cordoned[chip] = reason
+        self._save()
+        self._poke()
+
+    async def uncordon(self, chip: str) -> None:
+        """The chip may be used again. Raises: ConfigError when it was not cordoned."""
+        if chip not in self.cordoned:
+            cordoned = ", ".join(sorted(self.cordoned)) or "none"
+            raise ConfigError(f'chip "{chip}" is not cordoned; cordoned are: {cordoned}')
+        del self.cordoned[chip]
+        self._lost.discard(chip)
+        self._emptied.discard(chip)
+        self._save()
+        await self._plan_again()
+
+    async def drain(self, name: str) -> list[str]:
+        """Empties a chip, a deployment, or one replica of it ("name/0"); returns the replicas that end.
+
+        A chip is cordoned and what runs there moves, where there is room. A deployment or replica stays away until the
+        next `apply`. Raises: ConfigError when nothing is called so.
+        """
+        on_chip = [m for m in self._members.values() if _is_on(m, name)]
+        if on_chip or name in self.cordoned:
+            await self.cordon(name, "drained by hand")
+            self._emptied.add(name)
+            await self._plan_again()
+            return [m.keeper.id for m in on_chip]
+        found = [m for m in self._members.values() if name in (m.keeper.id, m.deployment.name)]
+        if not found and name not in self._deployments:
+            known = sorted({*self._deployments, *self._members, *self._chips()})
+            raise ConfigError(f'nothing is called "{name}"; there are: {", ".join(known)}')
+        self._drained |= {(name, "")} if name in self._deployments else {(m.deployment.name, m.key) for m in found}
+        self._poke()
+        return [m.keeper.id for m in found]
+
+    async def ask_for(self, deployment: Deployment) -> None:
+        """Says that a request has come for a deployment, and waits until it is loaded where it is so on demand.
+
+        Raises: OverloadedError when too many wait already; UnavailableError when it was not ready in time.
+        """
+        spec = deployment.spec
+        if not spec.is_on_demand:
+            return
+        name = spec.name
+        self._asked_s[name] = time.monotonic()
+        if deployment.is_ready:
+            return
+        if self._num_in_line.get(name, 0) >= spec.max_queue:
+            raise OverloadedError(
+                f'model "{name}" is being loaded and {spec.max_queue} requests wait for it already; retry later',
+                retry_after_s=2.0,
+            )
+        self._loaded.add(name)
+        if time.monotonic() - self._tried_s.get(name, 0.0) > _TRY_AGAIN_S:
+            self._tried_s[name] = time.monotonic()
+            self._try_failed_again(name)
+        self._poke()
+        self._num_in_line[name] = self._num_in_line.get(name, 0) + 1
+        try:
+            async with asyncio.timeout(spec.load_wait_s):
+                while not deployment.is_ready and not self._is_hopeless(deployment):
+                    await self._changed.wait()
+        except TimeoutError:
+            phase = f" ({deployment.load_phase}, {deployment.load_fraction:.0%})" if deployment.load_phase else ""
+            why = self._waiting.get(name, f"it is {deployment.state}{phase}")
+            raise UnavailableError(
+                f'model "{name}" was not loaded within {spec.load_wait_s:g} s: {why}; retry later', retry_after_s=5.0
+            ) from None
+        finally:
+            self._num_in_line[name] -= 1
+            self._asked_s[name] = time.monotonic()
+
+    # ------------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Begins to make what is what should be."""
+        if self._loop is None:
+            self._loop = asyncio.create_task(self._run())
+
+    async def wait_until_settled(self) -> None:
+        """Returns when nothing is on the way any more: every replica is ready or failed, or waits for room."""
+        while not self.is_settled:
+            await self._changed.wait()
+
+    @property
+    def is_settled(self) -> bool:
+        """True when nothing is on the way."""
+        return not (self._tasks or self._num_planning or self._wake.is_set() or any(map(_is_moving, self.members)))
+
+    async def stop(self, drain_s: float) -> None:
+        """Drains for at most `drain_s` seconds and ends all replicas."""
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+            self._loop = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        everything = [deployment for line in self._deployments.values() for deployment in line]
+        await asyncio.gather(*(deployment.stop(drain_s) for deployment in everything))
+        self._members.clear()
+
+    async def _run(self) -> None:
+        while True:
+            self._wake.clear()
+            self._unload_idle()
+            self._step()
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
+            with contextlib.suppress(TimeoutError):
+                looks = self._cramped or any(one.idle_unload_s is not None for one in self._spec.deployments)
+                await asyncio.wait_for(self._wake.wait(), _LOOK_S if looks else None)
+
+    def _step(self) -> None:
+        """Starts what is missing and may start, ends what is not wanted and has been replaced."""
+        goals = list(self._goals())
+        kept, missing = self._match(goals)
+        self._waiting.clear()
+        self._cramped.clear()
+        for deployment, placement in missing:
+            self._start_or_wait(deployment, placement, kept)
+        for member in list(self._members.values()):
+            if member.ending is None and member.keeper.id not in kept and self._may_go(member, kept, missing):
+                self._end(member)
+        self._tell_trouble(goals, kept)
+        self._drop_empty()
+
+    def _goals(self) -> Iterator[tuple[Deployment, PlacementSpec]]:
+        """Placements that should be there now."""
+        for spec in self._spec.deployments:
+            if (spec.name, "") in self._drained or (spec.is_on_demand and not self._is_loaded(spec)):
+                continue
+            deployment = self._deployments[spec.name][-1]
+            drained = [key for name, key in self._drained if name == spec.name]
+            for placement in spec.placements:
+                key = _key_of(spec, placement)
+                if key in drained:
+                    drained.remove(key)
+                elif not any(chip.uid in self._lost | self._emptied for chip in placement.chips):
+                    yield deployment, placement
+
+    def _match(
+        self, goals: Sequence[tuple[Deployment, PlacementSpec]]
+    ) -> tuple[set[str], list[tuple[Deployment, PlacementSpec]]]:
+        """Ids of replicas that fulfil a goal, and the goals that none does."""
+        kept: set[str] = set()
+        missing = []
+        for deployment, placement in goals:
+            key = _key_of(deployment.spec, placement)
+            for member in self._members.values():
+                is_free = member.ending is None and member.keeper.id not in kept
+                if is_free and member.deployment is deployment and member.key == key:
+                    kept.add(member.keeper.id)
+                    break
+            else:
+                missing.append((deployment, placement))
+        return kept, missing
+
+    # ------------------------------------------------------------------ coming and going
+
+    def _start_or_wait(self, deployment: Deployment, placement: PlacementSpec, kept: set[str]) -> None:
+        name, chips = deployment.name, [chip.uid for chip in placement.chips]
+        cordoned = [chip for chip in chips if chip in self.cordoned]
+        if cordoned:
+            self._waiting[name] = f"{cordoned[0]} is not used: {self.cordoned[cordoned[0]]}"
+            return
+        short = [chip for chip in chips if self.free_bytes(chip) < placement.memory_bytes]
+        if short and not self._make_room(deployment, placement, short, kept):
+            needed, free = placement.memory_bytes / _GIB, self.free_bytes(short[0]) / _GIB
+            self._cramped.add(name)
+            self._waiting[name] = f"it needs {needed:.2f} GiB of {short[0]}, where {max(0.0, free):.2f} are free"
+        if short:
+            return
+        taken = {member.keeper.id for member in self._members.values()}
+        free_id = next(f"{name}/{i}" for i in range(len(taken) + 1) if f"{name}/{i}" not in taken)
+        keeper = deployment.add(replace(placement, id=free_id))
+        self._members[free_id] = Member(deployment, keeper, _key_of(deployment.spec, placement))
+        kept.add(free_id)
+
+    def _make_room(
+        self, deployment: Deployment, placement: PlacementSpec, short: Sequence[str], kept: Collection[str]
+    ) -> bool:
+        """Ends what can be spared on chips that lack memory, if that is enough. What is ending already counts first."""
+        victims: dict[str, Member] = {}
+        for chip in short:
+            lacking = placement.memory_bytes - self.free_bytes(chip)
+            there = [m for m in self._members.values() if _is_on(m, chip) and m.holds_memory]
+            going = [m for m in there if m.ending is not None or m.keeper.id in victims]
+            lacking -= sum(m.placement.memory_bytes for m in going)
+            for member in (*self._unwanted(there, kept), *self._idle(there, kept, deployment)):
+                if lacking > 0 and member.keeper.id not in victims:
+                    lacking -= member.placement.memory_bytes
+                    victims[member.keeper.id] = member
+            if lacking > 0:
+                return False
+        for member in victims.values():
+            if member.keeper.id in kept:
+                log.info("%s is unloaded to make room for %s", member.deployment.name, deployment.name)
+                self._loaded.discard(member.deployment.name)
+            elif member.deployment.name == deployment.name:
+                log.warning("%s ends before its successor is ready: there is no room for both", member.keeper.id)
+            self._end(member)
+        return True
+
+    def _unwanted(self, there: Sequence[Member], kept: Collection[str]) -> list[Member]:
+        """Replicas that leave anyway; first those whose deployment has others."""
+        leaving = [m for m in there if m.ending is None and m.keeper.id not in kept]
+        return sorted(leaving, key=lambda m: sum(k.is_ready for k in m.deployment.keepers) <= 1)
+
+    def _idle(self, there: Sequence[Member], kept: Collection[str], wanted: Deployment) -> list[Member]:
+        """Replicas of other models that are loaded on demand and do nothing, longest unused first."""
+        idle = [
+            member
+            for member in there
+            if member.ending is None
+            and member.keeper.id in kept
+            and member.deployment.name != wanted.name
+            and member.deployment.spec.is_on_demand
+            and not _num_streams(member.deployment)
+            and not self._num_in_line.get(member.deployment.name, 0)
+        ]
+        return sorted(idle, key=lambda member: self._asked_s.get(member.deployment.name, 0.0))
+
+    def _may_go(
+        self, member: Member, kept: Collection[str], missing: Sequence[tuple[Deployment, PlacementSpec]]
+    ) -> bool:
+        """True when nobody needs a replica any more that is not wanted: its successors serve, or there are none."""
+        if any(chip.uid in self._lost for chip in member.placement.chips):
+            return True
+        name = member.deployment.name
+        if any(deployment.name == name for deployment, _ in missing):
+            return False
+        successors = [m for m in self._members.values() if m.keeper.id in kept and m.deployment.name == name]
+        is_settled = all(m.keeper.is_settled for m in successors)
+        return not successors or (is_settled and any(m.keeper.is_ready for m in successors))
+
+    def _try_failed_again(self, name: str) -> None:
+        for member in list(self._members.values()):
+            is_failed = member.keeper.state == "failed" and member.ending is None
+            if is_failed and member.deployment.name == name:
+                self._end(member)  # what is missing then is started
+
+    def _end(self, member: Member) -> None:
+        async def end() -> None:
+            try:
+                await member.deployment.remove(member.keeper.id, self._drain_s)
+            finally:
+                self._members.pop(member.keeper.id, None)
+                self._poke()
+
+        member.ending = self._spawn(end())
+
+    def _drop_empty(self) -> None:
+        """Forgets deployments that are not wanted any more and have no replica left."""
+        wanted = {spec.name for spec in self._spec.deployments}
+        for name, line in list(self._deployments.items()):
+            newest = line[-1] if name in wanted else None
+            line[:] = [deployment for deployment in line if deployment is newest or deployment.keepers]
+            if not line:
+                del self._deployments[name]
+
+    # ------------------------------------------------------------------ models on demand
+
+    def _is_loaded(self, spec: DeploymentSpec) -> bool:
+        """True when a deployment that is loaded on demand should be loaded now."""
+        if spec.name not in self._asked_s:  # never seen before
+            self._asked_s[spec.name] = time.monotonic()
+            if spec.keep_loaded:
+                self._loaded.add(spec.name)
+        return spec.name in self._loaded
+
+    def _unload_idle(self) -> None:
+        now_s = time.monotonic()
+        for spec in self._spec.deployments:
+            deployment = self.get(spec.name)
+            if spec.idle_unload_s is None or spec.name not in self._loaded or deployment is None:
+                continue
+            if _num_streams(deployment) or self._num_in_line.get(spec.name, 0) or not deployment.is_ready:
+                self._asked_s[spec.name] = now_s
+            elif now_s - self._asked_s[spec.name] > spec.idle_unload_s:
+                log.info("%s is unloaded after %g s without a request", spec.name, spec.idle_unload_s)
+                self._loaded.discard(spec.name)
+
+    def _is_hopeless(self, deployment: Deployment) -> bool:
+        """True when waiting for a deployment would be in vain: it is gone, failed, or has no chip to run on."""
+        name = deployment.name
+        return deployment not in self._deployments.get(name, []) or (
+            deployment.state == "failed" and name not in self._cramped
+        )
+
+    # ------------------------------------------------------------------ chips that are lost, and plans
+
+    def _on_chip_lost(self, placement: PlacementSpec, reason: str) -> None:
+        for chip in placement.chips:
+            if chip.uid not in self._lost:
+                log.error("%s is fenced: %s", chip.uid, reason)
+                self.cordoned[chip.uid] = reason
+                self._lost.add(chip.uid)
+        self._save()
+        self._spawn(self._plan_again())
+        self._poke()
+
+    async def _plan_again(self) -> None:
+        """Solves the plan for the chips that may be used now; where that fails, what can still run does."""
+        resolve = self._resolve
+        if resolve is not None:
+            async with self._planned():
+                try:
+                    spec, tokenizers = await asyncio.to_thread(self._prepare, resolve)
+                except MxnError as error:
+                    log.error("no new plan could be made: %s", error)
+                    shortfalls = {one.name: str(error) for one in self._spec.deployments if self._lacks_chips(one)}
+                    self._spec = replace(self._spec, shortfalls=shortfalls)
+                else:
+                    self.want(spec, tokenizers)
+        self._poke()
+
+    def _prepare(self, resolve: Resolve) -> tuple[FleetSpec, dict[str, Tokenizer]]:
+        spec = resolve(frozenset(self.cordoned))
+        known = [deployment.model for line in self._deployments.values() for deployment in line]
+        folders = {one.model.folder for one in spec.deployments if one.model not in known}
+        return spec, {folder: Tokenizer.load(folder) for folder in folders}
+
+    def _lacks_chips(self, spec: DeploymentSpec) -> bool:
+        return any(chip.uid in self.cordoned for placement in spec.placements for chip in placement.chips)
+
+    def _tell_trouble(self, goals: Sequence[tuple[Deployment, PlacementSpec]], kept: Collection[str]) -> None:
+        """Tells every deployment why it has less than it should."""
+        for name, line in self._deployments.items():
+            trouble = self._spec.shortfalls.get(name) or self._waiting.get(name, "")
+            if not trouble and ((name, "") in self._drained or any(key for one, key in self._drained if one == name)):
+                trouble = "it was drained by hand; `mxn apply` brings it back"
+            lost = [chip for chip in self._lost | self._emptied if any(_uses(d, chip) for d in line)]
+            if not trouble and lost:
+                trouble = f"{lost[0]} is not used: {self.cordoned.get(lost[0], 'it was lost')}"
+            if trouble and trouble != line[-1].trouble:
+                log.warning("%s is degraded: %s", name, trouble)
+            line[-1].trouble = trouble
+
+    @contextlib.asynccontextmanager
+    async def _planned(self) -> AsyncIterator[None]:
+        """Plans are made one after another; while one is made, nothing counts as settled."""
+        self._num_planning += 1
+        try:
+            async with self._planning:
+                yield
+        finally:
+            self._num_planning -= 1
+            self._poke()
+
+    def _chips(self) -> set[str]:
+        return {chip.uid for m in self._members.values() for chip in m.placement.chips}
+
+    def _save(self) -> None:
+        if self._folder is not None:
+            self._folder.state.cordoned = dict(self.cordoned)
+            self._folder.save()
+
+    def _poke(self) -> None:
+        self._wake.set()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._poke()
+
+
+def _is_moving(member: Member) -> bool:
+    keeper = member.keeper
+    return not keeper.is_settled or (keeper.state == "ready" and not keeper.is_ready)
+
+
+def _is_on(member: Member, chip: str) -> bool:
+    return any(one.uid == chip for one in member.placement.chips)
+
+
+def _uses(deployment: Deployment, chip: str) -> bool:
+    return any(one.uid == chip for placement in deployment.spec.placements for one in placement.chips)
+
+
+def _num_streams(deployment: Deployment) -> int:
+    return sum(keeper.replica.num_streams for keeper in deployment.keepers if keeper.replica is not None)
+
+
+def _key_of(spec: DeploymentSpec, placement: PlacementSpec) -> str:
+    """What makes two placements the same replica."""
+    return load_key(load_of(spec, placement)) + repr(sorted(placement.environment.items()))
