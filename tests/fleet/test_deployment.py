@@ -133,17 +133,6 @@ async def test_a_lost_chip_ends_the_replica_with_its_reason(fake_deployment: Mak
         assert "chip fake-0 is lost" in deployment.reason
 
 
-async def test_a_hung_replica_is_not_ready(fake_deployment: Make) -> None:
-    async with running(fake_deployment(options={"hang_after": 1}, stall_s=0.2)) as [deployment]:
-        assert deployment.is_ready
-        stream = deployment.submit([1], GREEDY)
-        await wait_for(lambda: deployment.is_stalled)
-        assert not deployment.is_ready
-        stream.abort()
-        assert deployment.info is not None
-        os.kill(deployment.info.pid, signal.SIGKILL)
-
-
 async def test_stopping_lets_running_sequences_finish(fake_deployment: Make) -> None:
     fleet = Fleet([fake_deployment(options={"step_ms": 10})])
     await fleet.start()

@@ -84,6 +84,10 @@ class SequenceRequest:
     sampling: means nothing to a model that embeds.
     cache_salt: which tenant's prefix blocks it may share; derived by the server.
     priority: lower is served first; ties in order of arrival.
+    output_token_ids: output that another replica made of this sequence. It goes on behind them as if it had made them
+      itself: limits, penalties and the draw's counter include them, and outputs hold only what is new.
+    fallback_seed: what tokens are drawn with when `sampling.seed` is None, so that another replica can go on; None
+      lets the engine draw one.
     """
 
     seq_id: int
@@ -91,6 +95,8 @@ class SequenceRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     cache_salt: str = ""
     priority: int = 0
+    output_token_ids: list[int] = field(default_factory=list)
+    fallback_seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

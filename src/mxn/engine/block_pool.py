@@ -14,6 +14,9 @@ class BlockPool:
     | in use | >= 1 | set once full and computed | nowhere else |
     | free, nothing worth keeping | 0 | none | `_blank`, given out first |
     | free, reusable | 0 | set | `_cached`, least recently freed is evicted first |
+
+    journal: when it is a dict, what became findable (True) or was forgotten (False) is noted there; its reader empties
+      it.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -21,6 +24,7 @@ class BlockPool:
             raise ValueError(f"a block pool needs at least 1 block, got {num_blocks}")
         self.num_blocks = num_blocks
         self.num_evictions = 0
+        self.journal: dict[bytes, bool] | None = None
         self._ref_counts = [0] * num_blocks
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -75,6 +79,8 @@ class BlockPool:
         if content not in self._block_of:
             self._block_of[content] = block_id
             self._hashes[block_id] = content
+            if self.journal is not None:
+                self.journal[content] = True
 
     def release(self, block_ids: Sequence[int]) -> None:
         """Gives one reference of each block back, last block first, so that leaves are evicted before their roots."""
@@ -91,10 +97,16 @@ class BlockPool:
 
     def clear_cached(self) -> None:
         """Forgets all reusable content; blocks in use lose their hash and are blank when given back."""
+        if self.journal is not None:
+            self.journal.update(dict.fromkeys(self._block_of, False))
         self._blank.extend(self._cached)
         self._cached.clear()
         self._block_of.clear()
         self._hashes = [None] * self.num_blocks
+
+    def keep_journal(self) -> None:
+        """Begins the journal with all that is findable now."""
+        self.journal = dict.fromkeys(self._block_of, True)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Compares the books with the block tables of all living sequences.
@@ -124,3 +136,5 @@ class BlockPool:
         if content is not None:
             del self._block_of[content]
             self._hashes[block_id] = None
+            if self.journal is not None:
+                self.journal[content] = False

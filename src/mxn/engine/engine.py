@@ -91,7 +91,8 @@ class Engine:
         replica's own boundary, so that no message can end it.
         """
         self._check(request)
-        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(63)
+        seed = request.sampling.seed if request.sampling.seed is not None else request.fallback_seed
+        seed = seed if seed is not None else secrets.randbits(63)
         root = self.placement.root(request.cache_salt)
         sequence = Sequence(request, arrival=self._num_arrived, seed=seed, root=root, arrived_s=self._clock.now_s())
         self._num_arrived += 1
@@ -159,22 +160,24 @@ class Engine:
                 sequence.arrived_s = None
 
     def _check(self, request: SequenceRequest) -> None:
-        prompt, sampling = request.prompt_token_ids, request.sampling
+        prompt, output, sampling = request.prompt_token_ids, request.output_token_ids, request.sampling
         if request.seq_id in self._sequences:
             raise RequestError(f"sequence {request.seq_id} exists already")
         if not prompt:
             raise RequestError("the prompt has no tokens; expected at least 1", param="prompt")
-        if len(prompt) >= self.max_context:
+        if len(prompt) + len(output) >= self.max_context:
             raise RequestError(
-                f"the prompt has {len(prompt)} tokens; with at least one token of output the limit is "
+                f"the prompt has {len(prompt) + len(output)} tokens; with at least one token of output the limit is "
                 f"{self.max_context - 1}",
                 param="prompt",
                 code="context_length_exceeded",
             )
-        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+        if min(min(prompt), 0, *output) < 0 or max(max(prompt), 0, *output) >= self._vocab_size:
             raise RequestError(f"prompt token ids must be in 0..{self._vocab_size - 1}", param="prompt")
         if sampling.max_tokens < 1:
             raise RequestError(f"max_tokens must be at least 1, got {sampling.max_tokens}", param="max_tokens")
+        if len(output) >= sampling.max_tokens:
+            raise RequestError(f"{len(output)} output tokens are there already, max_tokens is {sampling.max_tokens}")
         if any(not 0 <= token_id < self._vocab_size for token_id, _ in sampling.logit_bias):
             raise RequestError(f"logit_bias token ids must be in 0..{self._vocab_size - 1}", param="logit_bias")
         if any(not 0 <= token_id < self._vocab_size for token_id in sampling.stop_token_ids):

@@ -51,6 +51,10 @@ class ResetPrefixCache(msgspec.Struct, tag=True):
     """Forget all cached prefixes that no running sequence holds."""
 
 
+class ReportBlocks(msgspec.Struct, tag=True):
+    """Tell from now on which prefix blocks are held, beginning with those that are; who has none says nothing."""
+
+
 class Stop(msgspec.Struct, tag=True):
     """Finish what runs, then exit 0."""
 
@@ -72,6 +76,8 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     num_blocks, block_size: 0 where mxn divides no cache.
     dimensions: numbers in a vector, from a model that embeds.
     refused: request fields that it cannot serve, by the names of the API.
+    can_continue: it goes on with a sequence that another replica began, by the same tokens if it is of the same kind.
+    prefix_fingerprint: what, beside tenant and tokens, the hashes of its blocks are made of; empty when it has none.
     """
 
     pid: int
@@ -91,6 +97,8 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     load_s: dict[str, float]
     dimensions: int | None = None
     refused: list[str] = []
+    can_continue: bool = False
+    prefix_fingerprint: str = ""
     power_source: str = "none"
     power_provenance: str = "unavailable"
 
@@ -124,15 +132,29 @@ class StepDone(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
+class BlocksChanged(msgspec.Struct, tag=True):
+    """Which full blocks became reusable and which no longer are: heads of their hashes, `HEAD_BYTES` each, joined."""
+
+    stored: bytes
+    evicted: bytes
+
+
+class Alive(msgspec.Struct, tag=True):
+    """Nothing happened, but the process lives. A replica is never silent for longer than `ALIVE_S`."""
+
+
 class ChipLost(msgspec.Struct, tag=True):
     """The chip is gone; the replica ends after this, its last message."""
 
     message: str
 
 
-ToReplica = Load | Start | Abort | ResetPrefixCache | Stop
-ToGateway = LoadPhase | Ready | LoadFailed | StepDone | ChipLost
+ToReplica = Load | Start | Abort | ResetPrefixCache | ReportBlocks | Stop
+ToGateway = LoadPhase | Ready | LoadFailed | StepDone | BlocksChanged | Alive | ChipLost
 ReplicaState = Literal["unloaded", "starting", "loading", "ready", "draining", "failed", "stopped"]
+
+ALIVE_S = 1.0
+"""Seconds that a replica which is ready is silent at most."""
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """A frame is a 4-byte little-endian length and that many bytes of msgpack; longer ones end the connection."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from mxn.backends.base import KVCopy, PagedKV
 from mxn.engine.block_pool import BlockPool
-from mxn.engine.placement import Start
-from mxn.engine.prefix_cache import PrefixCache
+from mxn.engine.placement import Changes, Start
+from mxn.engine.prefix_cache import HEAD_BYTES, PrefixCache
 from mxn.engine.sequence import Sequence
 
 
@@ -81,6 +81,19 @@ class BlockPlacement:
 
     def clear(self) -> None:
         self.cache.clear()
+
+    def report_changes(self) -> None:
+        self.pool.keep_journal()
+
+    def take_changes(self) -> Changes | None:
+        journal = self.pool.journal
+        if not journal:
+            return None
+        self.pool.journal = {}
+        heads = {True: bytearray(), False: bytearray()}
+        for content, is_stored in journal.items():
+            heads[is_stored] += content[:HEAD_BYTES]
+        return bytes(heads[True]), bytes(heads[False])
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         self.pool.check_integrity(sequence.block_ids for sequence in sequences)

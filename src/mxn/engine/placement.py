@@ -21,6 +21,10 @@ class Start(Enum):
     """There is no room beside what running sequences were promised: nobody behind it may go first."""
 
 
+Changes = tuple[bytes, bytes]
+"""Heads of the hashes of blocks that became reusable, and of those that no longer are, joined."""
+
+
 class Placement(Protocol):
     """Gives sequences room for their KV and finds prefixes that are there already. Rooms are blocks or slots.
 
@@ -71,6 +75,14 @@ class Placement(Protocol):
 
     def clear(self) -> None:
         """Forgets everything reusable, for example after weights or KV scales changed."""
+        ...
+
+    def report_changes(self) -> None:
+        """Makes `take_changes` tell, first of all that is reusable now."""
+        ...
+
+    def take_changes(self) -> Changes | None:
+        """What became or stopped being reusable since the last call; None when nothing did, or it is not told."""
         ...
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:

@@ -13,6 +13,22 @@ from collections.abc import Sequence
 
 from mxn.engine.block_pool import BlockPool
 
+HEAD_BYTES = 8
+"""As much of a block's identity as replicas report of it: the router may be wrong once in 2^64, the cache never."""
+
+
+def root_of(fingerprint: str, cache_salt: str) -> bytes:
+    """Start of the chain of one tenant, among KV made in one way."""
+    parts = (fingerprint.encode(), cache_salt.encode())
+    return hashlib.sha256(b"".join(len(p).to_bytes(8, "little") + p for p in parts)).digest()
+
+
+def extend_chain(chain: list[bytes], root: bytes, token_ids: Sequence[int], block_size: int) -> None:
+    """Appends to `chain` the identity of every full block of `token_ids` that it does not have yet."""
+    for start in range(len(chain) * block_size, len(token_ids) - block_size + 1, block_size):
+        parent = chain[-1] if chain else root
+        chain.append(hashlib.sha256(parent + array("i", token_ids[start : start + block_size]).tobytes()).digest())
+
 
 class PrefixCache:
     """Finds and announces reusable prompt blocks in a block pool.
@@ -29,17 +45,12 @@ class PrefixCache:
 
     def root(self, cache_salt: str) -> bytes:
         """Start of the chain for one tenant."""
-        parts = (self._fingerprint.encode(), cache_salt.encode())
-        return hashlib.sha256(b"".join(len(p).to_bytes(8, "little") + p for p in parts)).digest()
+        return root_of(self._fingerprint, cache_salt)
 
     def extend(self, chain: list[bytes], root: bytes, token_ids: Sequence[int]) -> None:
         """Appends to `chain` the identity of every full block of `token_ids` that it does not have yet."""
-        if not self.enabled:
-            return
-        size = self._block_size
-        for start in range(len(chain) * size, len(token_ids) - size + 1, size):
-            parent = chain[-1] if chain else root
-            chain.append(hashlib.sha256(parent + array("i", token_ids[start : start + size]).tobytes()).digest())
+        if self.enabled:
+            extend_chain(chain, root, token_ids, self._block_size)
 
     def match(self, chain: Sequence[bytes], max_blocks: int) -> list[int]:
         """Blocks that hold the longest cached start of `chain`, at most `max_blocks`. Takes no references."""

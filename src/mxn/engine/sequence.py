@@ -53,7 +53,7 @@ class Sequence:
         self.arrived_s: float | None = arrived_s  # until its first step
         self.seed = seed
         self.root = root
-        self.token_ids = list(request.prompt_token_ids)
+        self.token_ids = request.prompt_token_ids + request.output_token_ids
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0

@@ -101,6 +101,12 @@ class SlotPlacement:
         for slot in self._slots:
             slot.tokens, slot.is_shared = [], slot.holder is None
 
+    def report_changes(self) -> None:
+        """Nothing: slots have no blocks to report."""
+
+    def take_changes(self) -> None:
+        return None
+
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         holders = {sequence.slot: sequence for sequence in sequences if sequence.slot >= 0}
         for slot_id, slot in enumerate(self._slots):

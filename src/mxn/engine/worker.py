@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from mxn.backends.base import Backend, Embedder, Executor
+from mxn.backends.base import Backend, Embedder, Executor, PagedKV
 from mxn.backends.registry import load_backend
 from mxn.config.environment import log_level
 from mxn.core.request import FinishReason, SequenceOutput
@@ -30,14 +30,18 @@ from mxn.engine.channel import ChannelError, ReplicaChannel
 from mxn.engine.door import Door
 from mxn.engine.embedding import BatchLimits, EmbeddingEngine
 from mxn.engine.engine import Engine, EngineSettings
+from mxn.engine.heartbeat import Heartbeat
 from mxn.engine.messages import (
+    ALIVE_S,
     Abort,
+    BlocksChanged,
     ChipLost,
     Load,
     LoadFailed,
     LoadPhase,
     Ready,
     ReplicaInfo,
+    ReportBlocks,
     ResetPrefixCache,
     Start,
     StepDone,
@@ -138,10 +142,11 @@ def _serve_gateway(
     """Serves until the gateway says to stop, which is True, or is gone."""
     try:
         channel.send(Ready(info))
-        if isinstance(runner, Engine | EmbeddingEngine):
-            channel.send(StepDone([], runner.stats))
-            return _serve(runner, Inbox(channel), channel)
-        return runner.serve(channel)
+        with Heartbeat(channel):
+            if isinstance(runner, Engine | EmbeddingEngine):
+                channel.send(StepDone([], runner.stats))
+                return _serve(runner, Inbox(channel), channel)
+            return runner.serve(channel)
     except (ChannelError, OSError) as error:
         log.error("connection to the gateway lost: %s", error)
         return False
@@ -191,21 +196,22 @@ def _load(
         limits = BatchLimits(max_num_seqs=settings.max_num_seqs, max_step_tokens=settings.max_step_tokens)
         described.dimensions = loaded.dimensions
         return EmbeddingEngine(loaded, limits, ledger=ledger), described
+    fingerprint = f"{message.model.revision}/{message.backend}/{loaded.info.quantisation}/{loaded.info.attention}"
     engine = Engine(
         loaded,
         EngineSettings(
             max_num_seqs=settings.max_num_seqs,
             max_step_tokens=settings.max_step_tokens,
             prefix_cache=settings.prefix_cache,
-            fingerprint=(
-                f"{message.model.revision}/{message.backend}/{loaded.info.quantisation}/{loaded.info.attention}"
-            ),
+            fingerprint=fingerprint,
             has_mixed_steps=backend.capabilities(message.chips[0]).has_mixed_steps,
         ),
         ledger=ledger,
     )
     described.num_blocks, described.block_size = engine.stats.num_total_blocks, engine.placement.room_tokens
-    described.max_context = engine.max_context
+    described.max_context, described.can_continue = engine.max_context, True
+    if isinstance(loaded.kv, PagedKV) and settings.prefix_cache:
+        described.prefix_fingerprint = fingerprint
     return engine, described
 
 
@@ -232,7 +238,7 @@ def _describe(message: Load, loaded: Executor | Embedder, load_s: dict[str, floa
 
 def _serve(engine: Engine | EmbeddingEngine, inbox: Inbox, channel: ReplicaChannel) -> bool:
     """Runs the engine until told to stop, which is True, or until the gateway is gone."""
-    is_stopping = False
+    is_stopping, reported_s = False, time.monotonic()
     while True:
         outputs: list[SequenceOutput] = []
         is_idle = not engine.has_work and not is_stopping
@@ -247,8 +253,12 @@ def _serve(engine: Engine | EmbeddingEngine, inbox: Inbox, channel: ReplicaChann
             else:
                 outputs += _handle(engine, message)
         outputs += engine.step()
-        if outputs or not engine.has_work:
+        now_s = time.monotonic()
+        if outputs or not engine.has_work or now_s - reported_s > ALIVE_S:
             channel.send(StepDone(outputs, engine.stats))
+            reported_s = now_s
+        if isinstance(engine, Engine) and (changes := engine.placement.take_changes()):
+            channel.send(BlocksChanged(*changes))
         if is_stopping and not engine.has_work:
             return True
 
@@ -264,6 +274,8 @@ def _handle(engine: Engine | EmbeddingEngine, message: ToReplica) -> list[Sequen
         return engine.abort(message.seq_ids)
     elif isinstance(message, ResetPrefixCache) and isinstance(engine, Engine):
         engine.reset_prefix_cache()
+    elif isinstance(message, ReportBlocks) and isinstance(engine, Engine):
+        engine.placement.report_changes()
     return []
 
 

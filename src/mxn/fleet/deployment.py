@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-import math
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,15 +14,17 @@ from mxn.core.request import SamplingParams, SequenceOutput, SequenceRequest
 from mxn.engine.messages import ReplicaInfo, ReplicaState
 from mxn.engine.stats import EngineStats
 from mxn.engine.tokenizer import Tokenizer
-from mxn.errors import BackendError, OverloadedError, ReplicaDiedError, RequestError, UnavailableError
+from mxn.errors import BackendError, OverloadedError, RequestError, UnavailableError
+from mxn.fleet.dispatch import Dispatch
 from mxn.fleet.keeper import Keeper
 from mxn.fleet.launchers.base import Launcher
 from mxn.fleet.launchers.local import LocalLauncher
+from mxn.fleet.relay import RelayedStream
 from mxn.fleet.replica import RunningReplica
 from mxn.fleet.spec import DeploymentSpec, PlacementSpec
-from mxn.fleet.stream import SequenceStream
 
 _BEST_FIRST: tuple[ReplicaState, ...] = ("ready", "loading", "starting", "failed", "draining", "stopped")
+_DRAIN_TICK_S = 0.05
 
 
 class Deployment:
@@ -48,6 +49,7 @@ class Deployment:
         self.spec = spec
         self.tokenizer = tokenizer
         self.created_s = int(time.time())
+        self.on_demand: Callable[[], None] | None = None
         self._launcher = launcher or LocalLauncher()
         self._tell_change = on_change
         self._on_chip_lost = on_chip_lost
@@ -56,7 +58,7 @@ class Deployment:
         self._ending: ReplicaState | None = None
         self._num_past_restarts = 0
         self._changed = asyncio.Event()
-        self._seq_ids = itertools.count(1)
+        self._dispatch = Dispatch(spec, self._keepers.values, lambda: self.accepts)
 
     @property
     def name(self) -> str:
@@ -166,13 +168,26 @@ class Deployment:
 
     # ------------------------------------------------------------------ sequences
 
+    @property
+    def accepts(self) -> bool:
+        """True when requests are served, or may wait because they soon will be: a replica that served is being started
+        again, or `on_demand` is set."""
+        if self._ending is not None:
+            return False
+        return self.is_ready or self.on_demand is not None or any(k.is_coming_back for k in self._keepers.values())
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a replica to have room."""
+        return self._dispatch.num_waiting
+
     def submit(
         self, prompt_token_ids: list[int], sampling: SamplingParams, *, cache_salt: str = "", priority: int = 0
-    ) -> SequenceStream:
-        """Begins a sequence.
+    ) -> RelayedStream:
+        """Begins a sequence, or puts it in line: lower priorities are served first, then those that came first.
 
-        Raises: UnavailableError when nothing can serve it now, OverloadedError when the queue is full, RequestError
-        when it can never be served.
+        Raises: UnavailableError when nothing can serve it, OverloadedError when the line is full or too slow,
+        RequestError when it can never be served.
         """
         if len(prompt_token_ids) >= self.max_context:
             raise RequestError(
@@ -181,13 +196,15 @@ class Deployment:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        is_drawn = sampling.seed is None and not sampling.is_greedy
         return self._begin(
             SequenceRequest(
-                seq_id=next(self._seq_ids),
+                seq_id=0,
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling,
                 cache_salt=cache_salt,
                 priority=priority,
+                fallback_seed=secrets.randbits(63) if is_drawn else None,
             )
         )
 
@@ -197,14 +214,14 @@ class Deployment:
         The texts have passed the front door's checks.
         Raises: UnavailableError, OverloadedError as `submit`; BackendError naming a text that has no vector.
         """
-        streams: deque[SequenceStream] = deque()
+        streams: deque[RelayedStream] = deque()
         outputs: list[SequenceOutput] = []
         num_begun = 0
         try:
             while len(outputs) < len(texts):
                 while num_begun < len(texts) and len(streams) < max_open:
                     try:
-                        request = SequenceRequest(seq_id=next(self._seq_ids), prompt_token_ids=texts[num_begun])
+                        request = SequenceRequest(seq_id=0, prompt_token_ids=texts[num_begun])
                         streams.append(self._begin(request))
                     except OverloadedError:
                         if not streams:
@@ -254,38 +271,27 @@ class Deployment:
             raise BackendError(self.reason or f'deployment "{self.name}" is {self.state}')
 
     def drain(self) -> None:
-        """Takes no new sequences from now on."""
+        """Takes no new sequences from now on; those that are in line are still served."""
         if self._ending is None:
             self._ending = "draining"
-            for keeper in self._keepers.values():
-                keeper.drain()
 
     async def stop(self, drain_s: float) -> None:
         """Drains for at most `drain_s` seconds and ends all replicas. `add` begins again."""
         self.drain()
-        await asyncio.gather(*(keeper.stop(drain_s) for keeper in self._keepers.values()))
+        end_s = time.monotonic() + drain_s
+        while self._dispatch.num_waiting and time.monotonic() < end_s:
+            await asyncio.sleep(_DRAIN_TICK_S)
+        self._dispatch.refuse_all(f'model "{self.name}" is shutting down')
+        left_s = max(0.0, end_s - time.monotonic())
+        await asyncio.gather(*(keeper.stop(left_s) for keeper in self._keepers.values()))
         self._ending = "stopped"
 
-    def _begin(self, request: SequenceRequest) -> SequenceStream:
-        keeper = min(
-            (keeper for keeper in self._keepers.values() if keeper.is_ready and self._ending is None),
-            key=lambda keeper: keeper.replica.num_streams if keeper.replica else 0,
-            default=None,
-        )
-        if keeper is None or keeper.replica is None:
-            why = self.reason or ("the replica is stalled" if self.is_stalled else f"it is {self.state}")
-            raise UnavailableError(f'model "{self.name}" cannot serve now: {why}')
-        num_streams = sum(replica.num_streams for replica in self._ready_replicas)
-        limit = self.max_num_seqs + self.spec.max_queue
-        if num_streams >= limit:
-            raise OverloadedError(
-                f'model "{self.name}" has {num_streams} sequences in line, the limit is {limit}; retry later',
-                retry_after_s=self._retry_after_s(num_streams),
-            )
-        try:
-            return keeper.replica.submit(request)
-        except ReplicaDiedError as error:
-            raise UnavailableError(f'model "{self.name}" cannot serve now: {error}') from error
+    def _begin(self, request: SequenceRequest) -> RelayedStream:
+        if self._ending is not None:
+            raise UnavailableError(f'model "{self.name}" cannot serve now: it is shutting down')
+        if self.on_demand is not None and not self.is_ready:
+            self.on_demand()
+        return self._dispatch.submit(request)
 
     @property
     def _placements(self) -> Sequence[PlacementSpec]:
@@ -303,16 +309,11 @@ class Deployment:
     def _on_change(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        self._dispatch.refresh()
         self._tell_change()
 
-    def _retry_after_s(self, num_streams: int) -> float:
-        """Seconds until about half of the line has been served, judged by what the engines finished so far."""
-        stats = [replica.stats for replica in self._ready_replicas]
-        rate = sum(s.num_finished / s.busy_s for s in stats if s.busy_s)
-        return min(60.0, math.ceil(0.5 * num_streams / rate)) if rate else 1.0
 
-
-async def _vector_of(stream: SequenceStream, index: int) -> SequenceOutput:
+async def _vector_of(stream: RelayedStream, index: int) -> SequenceOutput:
     """The one output of text number `index`. Raises: MxnError when it holds no vector."""
     async for output in stream:
         if output.error is not None:

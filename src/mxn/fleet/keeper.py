@@ -1,4 +1,4 @@
-"""Keeps one placement running: starts its replica, starts it again when it ends, drains and stops it."""
+"""Keeps one placement running: starts its replica, starts it again when it ends or hangs, drains and stops it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,23 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
-from mxn.engine.messages import Load, ReplicaState
+from mxn.engine.messages import ReplicaState
 from mxn.errors import BackendError, MxnError
 from mxn.fleet.launchers.base import Launcher
 from mxn.fleet.replica import RunningReplica
-from mxn.fleet.spec import DeploymentSpec, PlacementSpec
+from mxn.fleet.spec import DeploymentSpec, PlacementSpec, load_of
 
 log = logging.getLogger(__name__)
+
+SILENCE_S = 4.0
+"""A replica that has said nothing for so long hangs: it is ended, and another started in its place."""
+
+_SUSPECT_S = 2.0
+"""After so long a silence it is given no new work."""
+
+_TICK_S = 0.25
 
 
 class Keeper:
@@ -47,6 +56,8 @@ class Keeper:
         self._launcher = launcher
         self._on_change = on_change
         self._on_chip_lost = on_chip_lost
+        self._silent_s = self._stepless_s = 0.0
+        self._has_been_ready = False
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -56,17 +67,20 @@ class Keeper:
 
     @property
     def is_stalled(self) -> bool:
-        """True when the replica holds work and has ended no step for `stall_s`."""
-        replica = self.replica
-        if self.state != "ready" or replica is None or not replica.num_streams:
-            return False
-        return time.monotonic() - replica.last_step_s > self._spec.stall_s
+        """True when the replica has been silent for so long, or held work without a step, that it may hang."""
+        is_stalled = self._silent_s >= _SUSPECT_S or self._stepless_s >= self._spec.stall_s
+        return self.state == "ready" and is_stalled
 
     @property
     def is_ready(self) -> bool:
         """True when it takes sequences: loaded, not draining, and idle or making progress."""
         replica = self.replica
         return self.state == "ready" and replica is not None and not replica.ended.is_set() and not self.is_stalled
+
+    @property
+    def is_coming_back(self) -> bool:
+        """True when it served before, does not now, and is expected to soon."""
+        return self._has_been_ready and not self.is_ready and self.state in ("ready", "starting", "loading")
 
     @property
     def is_settled(self) -> bool:
@@ -102,12 +116,11 @@ class Keeper:
 
     async def _keep_running(self) -> None:
         """Runs replicas one after another until told to stop or until too many in a row have died young."""
-        has_been_ready, num_failures = False, 0
+        num_failures = 0
         while True:
             started_s = time.monotonic()
             try:
                 await self._run_once()
-                has_been_ready = True
             except MxnError as error:
                 self.reason = str(error)
             if self.state == "draining":
@@ -115,7 +128,7 @@ class Keeper:
             log.error("%s: %s", self.id, self.reason)
             if time.monotonic() - started_s > self._spec.stall_s:
                 num_failures = 0
-            if not has_been_ready or num_failures >= len(self._spec.restart_delays_s):
+            if not self._has_been_ready or num_failures >= len(self._spec.restart_delays_s):
                 self._set_state("failed", self.reason)
                 return
             self._set_state("starting", self.reason)
@@ -127,26 +140,47 @@ class Keeper:
         """Starts a replica and returns when it has ended. Raises: MxnError when it could not be started."""
         self._set_state("loading", self.reason)
         placement = self.placement
-        load = Load(
-            backend=placement.backend,
-            model=self._spec.model,
-            settings=placement.settings,
-            chips=list(placement.chips),
-            max_waiting=self._spec.max_queue,
-            chip_share=placement.chip_share,
-        )
+        load = load_of(self._spec, placement)
         started_s = time.monotonic()
         replica = self.replica = await self._launcher.start(load, self._on_phase, placement.environment)
         if replica.info is not None:
             replica.info.add_launch(time.monotonic() - started_s)
         log.info("%s is ready after %.1f s", self.id, time.monotonic() - started_s)
+        self._has_been_ready = True
         if self.state == "loading":  # not when it is to end already
             self._set_state("ready", "")
-        await replica.ended.wait()
-        self.reason = replica.end_reason
+        hang = await self._watch(replica)
+        if self.state == "ready":
+            self._set_state("starting", hang or replica.end_reason)
+        await replica.kill()
         if replica.has_lost_chip:
             self._on_chip_lost(placement, self.reason)
-        await replica.kill()
+
+    async def _watch(self, replica: RunningReplica) -> str:
+        """Returns when the replica has ended, or hangs; then with what is wrong.
+
+        Silence is added up from this loop's own ticks, so time in which this process did not run hardly counts.
+        """
+        self._silent_s = self._stepless_s = 0.0
+        heard_s, stepped_s, looked_s = replica.last_message_s, replica.last_step_s, time.monotonic()
+        while not replica.ended.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(replica.ended.wait(), _TICK_S)
+            now_s = time.monotonic()
+            tick_s, looked_s = min(now_s - looked_s, 4 * _TICK_S), now_s
+            if replica.last_message_s > heard_s:
+                heard_s, self._silent_s = replica.last_message_s, 0.0
+            else:
+                self._silent_s += tick_s
+            if replica.last_step_s > stepped_s or not replica.num_streams:
+                stepped_s, self._stepless_s = replica.last_step_s, 0.0
+            else:
+                self._stepless_s += tick_s
+            if self._silent_s >= SILENCE_S:
+                return f"the replica hangs: it said nothing for {self._silent_s:.0f} s"
+            if self._stepless_s >= self._spec.stall_s:
+                return f"the replica hangs: it held work and ended no step for {self._stepless_s:.0f} s"
+        return ""
 
     def _on_phase(self, phase: str, fraction: float) -> None:
         self.load_phase, self.load_fraction = phase, fraction

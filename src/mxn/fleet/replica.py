@@ -14,12 +14,14 @@ from mxn.core.request import SequenceOutput, SequenceRequest
 from mxn.engine.channel import ChannelError, pack, receive_from_replica
 from mxn.engine.messages import (
     Abort,
+    BlocksChanged,
     ChipLost,
     Load,
     LoadFailed,
     LoadPhase,
     Ready,
     ReplicaInfo,
+    ReportBlocks,
     ResetPrefixCache,
     Start,
     StepDone,
@@ -40,7 +42,8 @@ class RunningReplica(Protocol):
 
     info: what it runs and how; never None once a launcher has returned it.
     stats: the engine's gauges and counters after its newest step.
-    last_message_s: when it last said anything, on this process's monotonic clock.
+    last_message_s: when it last said anything, on this process's monotonic clock. One that lives and is ready says
+      something every `ALIVE_S` seconds, however long a step takes; a keeper ends one that does not.
     last_step_s: when it last reported a step, or was given work while it had none.
     ended, end_reason: set once, when it can serve no more, whatever the cause; the reason is fit for a person.
     has_lost_chip: with `ended`: it said that its chip is gone.
@@ -68,6 +71,13 @@ class RunningReplica(Protocol):
 
     def reset_prefix_cache(self) -> None:
         """Asks the engine to forget cached prefixes."""
+        ...
+
+    def watch_blocks(self, listener: Callable[[bytes, bytes], None]) -> None:
+        """Has the listener told of prefix blocks: heads of the hashes of those it got and of those it lost, joined.
+
+        It begins with those that are there. A replica whose `info.prefix_fingerprint` is empty tells nothing.
+        """
         ...
 
     async def stop(self, timeout_s: float) -> None:
@@ -119,6 +129,7 @@ class Replica:
         self.ended = asyncio.Event()
         self.end_reason = ""
         self.has_lost_chip = False
+        self._on_blocks: Callable[[bytes, bytes], None] = lambda stored, evicted: None
         self._link = link
         self._streams: dict[int, SequenceStream] = {}
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
@@ -160,6 +171,11 @@ class Replica:
         """Asks the engine to forget cached prefixes."""
         self._send(ResetPrefixCache())
 
+    def watch_blocks(self, listener: Callable[[bytes, bytes], None]) -> None:
+        """Has the listener told of prefix blocks that are stored and evicted."""
+        self._on_blocks = listener
+        self._send(ReportBlocks())
+
     async def stop(self, timeout_s: float) -> None:
         """Lets running sequences finish, then ends the process; kills it after `timeout_s`."""
         if not self.ended.is_set():
@@ -183,7 +199,7 @@ class Replica:
 
     # ------------------------------------------------------------------ messages
 
-    def _send(self, message: Load | Start | Abort | ResetPrefixCache | Stop) -> None:
+    def _send(self, message: Load | Start | Abort | ResetPrefixCache | ReportBlocks | Stop) -> None:
         if not self._link.writer.is_closing():
             self._link.writer.write(pack(message))
 
@@ -221,6 +237,8 @@ class Replica:
                     self.stats = message.stats
                     for output in message.outputs:
                         self._deliver(output)
+                elif isinstance(message, BlocksChanged):
+                    self._on_blocks(message.stored, message.evicted)
                 elif isinstance(message, ChipLost):
                     self.has_lost_chip = True
                     reason = message.message

@@ -42,7 +42,9 @@ class DeploymentSpec:
 
     placements: its replicas, in the order in which they are started.
     max_queue: sequences that may wait beside those that run; more are refused with 429.
-    stall_s: a replica that holds work and ends no step for so long is taken for hung.
+    max_wait_s: how long a sequence may wait for a replica: in line, and again when it has lost one.
+    ttft_slo_s: limit on the time to the first token; while it is far, the router goes by energy too.
+    stall_s: a replica that holds work and ends no step for so long hangs: it is ended and started again.
     restart_delays_s: waits before each restart in a row; after the last one the placement stays failed.
     keep_loaded: false loads it when it is first asked for, and unloads it when others need its room.
     idle_unload_s: it is unloaded after so long without a request, and loaded again when asked for.
@@ -53,6 +55,8 @@ class DeploymentSpec:
     model: Model
     placements: Sequence[PlacementSpec]
     max_queue: int = 256
+    max_wait_s: float = 60.0
+    ttft_slo_s: float | None = None
     stall_s: float = 60.0
     restart_delays_s: tuple[float, ...] = (0.0, 1.0, 5.0, 20.0)
     keep_loaded: bool = True

@@ -13,11 +13,13 @@ class SequenceStream:
     """The outputs of one sequence, to be iterated once.
 
     Outputs that arrive faster than they are taken are merged into one, so a slow reader holds at most its own tokens.
+    on_end: called once when the replica is done with the sequence: its last output came, or the replica ended.
     """
 
     def __init__(self, seq_id: int, abort: Callable[[int], bool]) -> None:
         self.seq_id = seq_id
         self.num_cached_tokens = 0
+        self.on_end: Callable[[], None] | None = None
         self._abort = abort
         self._pending: SequenceOutput | None = None
         self._error: MxnError | None = None
@@ -71,6 +73,8 @@ class SequenceStream:
             self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
             self._pending = output if self._pending is None else merge(self._pending, output)
             self._wake()
+        if output.finish_reason is not None and self.on_end is not None:
+            self.on_end()
 
     def fail(self, error: MxnError) -> None:
         """Ends iteration with an error after what is pending (called by the replica)."""
@@ -78,6 +82,8 @@ class SequenceStream:
         if self._joules is not None and not self._joules.done():
             self._joules.set_result(None)
         self._wake()
+        if self.on_end is not None:
+            self.on_end()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

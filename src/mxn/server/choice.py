@@ -14,7 +14,7 @@ from mxn.server.errors import fit_to_show
 
 if TYPE_CHECKING:
     from mxn.engine.tokenizer import Tokenizer
-    from mxn.fleet.stream import SequenceStream
+    from mxn.fleet.relay import RelayedStream
     from mxn.server.openai import GenerationRequest
 
 _LOWEST_LOGPROB = -9999.0
@@ -37,7 +37,7 @@ class Choice:
     def __init__(
         self,
         index: int,
-        stream: SequenceStream,
+        stream: RelayedStream,
         request: GenerationRequest,
         sampling: SamplingParams,
         tokenizer: Tokenizer,

@@ -130,8 +130,8 @@ class Gateway:
 
 
 def require_ready(deployment: Deployment) -> None:
-    """Raises UnavailableError with the state and what is being waited for, unless requests are served."""
-    if deployment.is_ready:
+    """Raises UnavailableError with the state and what is being waited for, unless requests are served or may wait."""
+    if deployment.accepts:
         return
     found: str = "stalled" if deployment.is_stalled else deployment.state
     if deployment.state == "loading" and deployment.load_phase:

@@ -182,6 +182,8 @@ class Proxy:
         replica's own boundary. Raises: RequestError when the prompt could never run."""
         prompt, sampling = request.prompt_token_ids, request.sampling
         vocab_size = self._dialect.tokenizer.vocab_size
+        if request.output_token_ids:
+            raise RequestError("a server cannot go on with what another replica began")
         if not prompt or min(prompt) < 0 or max(prompt) >= vocab_size:
             raise RequestError(f"the prompt must hold token ids in 0..{vocab_size - 1}, at least one", param="prompt")
         room = self._max_context - len(prompt)

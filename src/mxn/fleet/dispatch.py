@@ -1,0 +1,283 @@
+"""Sequences of one deployment on their way to replicas: in line, by the router to one, to another when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+
+from mxn.core.request import SequenceRequest
+from mxn.engine.messages import ReplicaInfo
+from mxn.errors import OverloadedError, ReplicaDiedError, UnavailableError
+from mxn.fleet.keeper import Keeper
+from mxn.fleet.line import Departures, WaitingLine
+from mxn.fleet.meter import Meter
+from mxn.fleet.prefixes import PrefixIndex, prompt_heads
+from mxn.fleet.relay import RelayedStream
+from mxn.fleet.replica import RunningReplica
+from mxn.fleet.router import Candidate, Work, choose
+from mxn.fleet.spec import DeploymentSpec
+
+_AHEAD_SHARE = 8
+"""A replica is given its `max_num_seqs` and one eighth more, so that its next sequences are there when others end."""
+
+_OUTPUT_TOKENS = 128.0
+"""Output tokens expected of a sequence while no replica has finished any."""
+
+_TOKENS_PER_S = 1000.0
+"""Capacity supposed while neither a measurement nor a plan tells: equal for all."""
+
+
+class _Post:
+    """A replica that has become ready, and what the router knows of it."""
+
+    def __init__(self, keeper: Keeper, replica: RunningReplica, info: ReplicaInfo) -> None:
+        self.keeper = keeper
+        self.replica = replica
+        self.info = info
+        self.meter = Meter()
+        self.ready_since_s = time.monotonic()
+        self.work_tokens = 0.0
+        max_num_seqs = keeper.placement.settings.max_num_seqs
+        self.max_streams = max_num_seqs + max(1, max_num_seqs // _AHEAD_SHARE)
+        self.prefixes = PrefixIndex(
+            fingerprint=info.prefix_fingerprint, block_size=info.block_size, num_blocks=info.num_blocks
+        )
+        self.is_watched = False
+
+    @property
+    def has_room(self) -> bool:
+        return self.keeper.is_ready and self.replica.num_streams < self.max_streams
+
+    def watch(self) -> None:
+        """Has the replica report its prefix blocks from now on."""
+        if not self.is_watched:
+            self.is_watched = True
+            if self.info.prefix_fingerprint:
+                self.replica.watch_blocks(self.prefixes.report)
+
+
+class Dispatch:
+    """Gives sequences to replicas that have room; the others wait, in order of priority and arrival.
+
+    Few sequences more than a replica runs at once are sent to it, so that those who wait can still go to whichever
+    replica is free first, and are told when the wait is too long.
+    keepers: those of the deployment as they are now. accepts: whether a sequence may wait though nothing is ready.
+    """
+
+    def __init__(
+        self, spec: DeploymentSpec, keepers: Callable[[], Iterable[Keeper]], accepts: Callable[[], bool]
+    ) -> None:
+        self._spec = spec
+        self._keepers = keepers
+        self._accepts = accepts
+        self._posts: dict[str, _Post] = {}
+        self._line: WaitingLine[RelayedStream] = WaitingLine()
+        self._returning: list[RelayedStream] = []
+        self._departures = Departures()
+        self._seq_ids = itertools.count(1)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that no replica has yet, or any more."""
+        return len(self._line) + len(self._returning)
+
+    def submit(self, request: SequenceRequest) -> RelayedStream:
+        """Gives the sequence to a replica or lets it wait. Its `seq_id` is chosen here.
+
+        Raises: OverloadedError when the line is full or too slow; UnavailableError when nothing is ready or to be.
+        """
+        relay = RelayedStream(request, self, self._line.arrive())
+        if not self._line and not self._returning and self._place(relay):
+            return relay
+        self._check_wait(request.priority)
+        self._wait(relay)
+        self._line.push(request.priority, relay.arrival, relay)
+        return relay
+
+    def refresh(self) -> None:
+        """A keeper has changed, come or gone."""
+        keepers = {keeper.id: keeper for keeper in self._keepers()}
+        for gone in self._posts.keys() - keepers.keys():
+            del self._posts[gone]
+        for keeper in keepers.values():
+            replica = keeper.replica
+            post = self._posts.get(keeper.id)
+            if replica is not None and replica.info is not None and (post is None or post.replica is not replica):
+                self._posts[keeper.id] = _Post(keeper, replica, replica.info)
+        if len(self._posts) > 1:
+            for post in self._posts.values():
+                post.watch()
+        self._pump()
+        if self.num_waiting and not self._has_hope():
+            self.refuse_all(f'model "{self._spec.name}" cannot serve any more')
+
+    def refuse_all(self, why: str) -> None:
+        """Ends the wait of all who are in line."""
+        for relay in [*self._returning, *self._line]:
+            self.leave(relay)
+            relay.refuse(relay.loss or UnavailableError(why))
+
+    # ------------------------------------------------------------------ for relayed streams
+
+    def take_back(self, relay: RelayedStream) -> bool:
+        """Finds a sequence another replica, before all who have none yet."""
+        if self._place(relay):
+            return True
+        if not self._has_hope():
+            return False
+        self._wait(relay)
+        self._returning.append(relay)
+        return True
+
+    def leave(self, relay: RelayedStream) -> None:
+        """Takes a sequence out of the line, if it is there."""
+        if relay in self._returning:
+            self._returning.remove(relay)
+        elif relay.deadline is not None:
+            self._line.remove(relay.arrival)
+        if relay.deadline is not None:
+            relay.deadline.cancel()
+            relay.deadline = None
+
+    # ------------------------------------------------------------------ the line
+
+    def _check_wait(self, tier: int) -> None:
+        """Raises OverloadedError or UnavailableError unless one more of this tier may wait."""
+        spec = self._spec
+        ready = [post for post in self._posts.values() if post.keeper.is_ready]
+        if not ready and not self._accepts():
+            reasons = [keeper.reason for keeper in self._keepers() if keeper.reason]
+            why = reasons[0] if reasons else "none of its replicas is ready"
+            raise UnavailableError(f'model "{spec.name}" cannot serve now: {why}')
+        num_open = self.num_waiting + sum(post.replica.num_streams for post in ready)
+        limit = spec.max_queue + sum(post.keeper.placement.settings.max_num_seqs for post in ready)
+        now_s = time.monotonic()
+        if num_open >= limit:
+            last = self._line.last()
+            if last is None or last[0] <= tier:
+                raise OverloadedError(
+                    f'model "{spec.name}" has {num_open} sequences in line, the limit is {limit}; retry later',
+                    retry_after_s=self._retry_after_s(now_s),
+                )
+            self.leave(last[1])
+            last[1].refuse(
+                OverloadedError(
+                    f'model "{spec.name}" is asked for more than it can serve, and requests of higher priority came; '
+                    "retry later",
+                    retry_after_s=self._retry_after_s(now_s),
+                )
+            )
+        wait_s = self._departures.wait_s(len(self._line), now_s)
+        if wait_s is not None and wait_s > spec.max_wait_s:
+            raise OverloadedError(
+                f'model "{spec.name}" would begin in about {wait_s:.0f} s, the limit is {spec.max_wait_s:g} s; '
+                "retry later",
+                retry_after_s=self._retry_after_s(now_s),
+            )
+
+    def _wait(self, relay: RelayedStream) -> None:
+        loop = asyncio.get_running_loop()
+        relay.deadline = loop.call_later(self._spec.max_wait_s, self._expire, relay)
+
+    def _expire(self, relay: RelayedStream) -> None:
+        self.leave(relay)
+        name, waited = self._spec.name, f"waited {self._spec.max_wait_s:g} s for a replica, the limit"
+        if relay.loss is not None:
+            relay.refuse(relay.loss)
+        elif any(post.keeper.is_ready for post in self._posts.values()):
+            relay.refuse(
+                OverloadedError(
+                    f'the request {waited}; model "{name}" is overloaded, retry later',
+                    retry_after_s=self._retry_after_s(time.monotonic()),
+                )
+            )
+        else:
+            relay.refuse(UnavailableError(f'the request {waited}; model "{name}" has none that is ready'))
+
+    def _retry_after_s(self, now_s: float) -> float:
+        """Seconds until about half of the line has been served."""
+        wait_s = self._departures.wait_s(len(self._line), now_s)
+        return 1.0 if wait_s is None else min(60.0, max(1.0, math.ceil(0.5 * wait_s)))
+
+    def _has_hope(self) -> bool:
+        """True while a replica serves or is on the way to."""
+        return any(keeper.state in ("ready", "loading", "starting") for keeper in self._keepers()) or self._accepts()
+
+    def _pump(self) -> None:
+        """Sends off those who wait, as far as there is room."""
+        if self._returning:
+            returning, self._returning = self._returning, []
+            self._returning = [relay for relay in returning if not self._place(relay)]
+        while (relay := self._line.first()) is not None and self._place(relay):
+            self._line.pop()
+        if not self._line:
+            self._departures.clear()
+
+    # ------------------------------------------------------------------ to a replica
+
+    def _place(self, relay: RelayedStream) -> bool:
+        """Gives a sequence to the best replica that has room; False when none has."""
+        while posts := [post for post in self._posts.values() if post.has_room and relay.suits(post.info)]:
+            request = relay.request
+            tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+            output_tokens = min(request.sampling.max_tokens, self._mean_output_tokens())
+            post = posts[0] if len(self._posts) == 1 else self._choose(posts, request, tokens, output_tokens)
+            request = replace(request, seq_id=next(self._seq_ids))
+            try:
+                stream = post.replica.submit(request)
+            except ReplicaDiedError:
+                continue
+            post.work_tokens += tokens + output_tokens
+            stream.on_end = partial(self._ended, post, tokens + output_tokens)
+            relay.begin(stream, post.info)
+            return True
+        return False
+
+    def _choose(self, posts: list[_Post], request: SequenceRequest, tokens: int, output_tokens: float) -> _Post:
+        now_s = time.monotonic()
+        heads: dict[tuple[str, int], list[bytes]] = {}
+        candidates = []
+        for post in posts:
+            index = post.prefixes
+            key = (index.fingerprint, index.block_size)
+            if key not in heads:
+                heads[key] = prompt_heads(*key, request.cache_salt, request.prompt_token_ids)
+            post.meter.note(post.replica.stats)
+            candidates.append(self._candidate(post, index.num_cached_tokens(heads[key]), now_s))
+        work = Work(prompt_tokens=tokens, output_tokens=output_tokens, ttft_slo_s=self._spec.ttft_slo_s)
+        post = posts[choose(candidates, work)]
+        post.prefixes.expect(heads[post.prefixes.fingerprint, post.prefixes.block_size])
+        return post
+
+    def _candidate(self, post: _Post, cached_tokens: int, now_s: float) -> Candidate:
+        meter, placement = post.meter, post.keeper.placement
+        peers = [p.meter.tokens_per_s for p in self._posts.values() if p.meter.tokens_per_s is not None]
+        rate = meter.tokens_per_s or placement.output_tokens_per_s or (sum(peers) / len(peers) if peers else None)
+        rate = rate or _TOKENS_PER_S
+        prices = [p.meter.prompt_token_s for p in self._posts.values() if p.meter.prompt_token_s is not None]
+        price_s = meter.prompt_token_s or (sum(prices) / len(prices) if prices else 1 / rate)
+        joules = meter.joules_per_token if meter.joules_per_token is not None else placement.joules_per_token
+        return Candidate(
+            work_tokens=post.work_tokens,
+            tokens_per_s=rate,
+            prompt_token_s=price_s,
+            cached_tokens=cached_tokens,
+            joules_per_token=joules,
+            ready_s=now_s - post.ready_since_s,
+        )
+
+    def _mean_output_tokens(self) -> float:
+        means = [p.meter.mean_output_tokens for p in self._posts.values() if p.meter.mean_output_tokens is not None]
+        return sum(means) / len(means) if means else _OUTPUT_TOKENS
+
+    def _ended(self, post: _Post, tokens: float) -> None:
+        """A sequence has left a replica, so another may go there."""
+        post.work_tokens = max(0.0, post.work_tokens - tokens)
+        if self._line or self._returning:
+            self._departures.note(time.monotonic())
+            self._pump()
