@@ -23,6 +23,7 @@ from mxn.cli.models import models
 from mxn.cli.plan import plan
 from mxn.cli.report import report
 from mxn.cli.serve import serve
+from mxn.cli.simulate import simulate
 from mxn.cli.status import status
 from mxn.cli.top import top
 
@@ -59,7 +60,7 @@ def _root(
 ) -> None: ...
 
 
-for _command in (serve, chat, demo, plan, diff, fit, calibrate, report, status, top, chips, doctor):
+for _command in (serve, chat, demo, plan, diff, simulate, fit, calibrate, report, status, top, chips, doctor):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(models, name="models")

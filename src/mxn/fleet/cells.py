@@ -41,10 +41,15 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A cell that is possible. memory_bytes: of each chip that the fit was reckoned for."""
+    """A cell that is possible. memory_bytes: of each chip that the fit was reckoned for.
+
+    shape, engine: what the prediction was made from.
+    """
 
     cell: Cell
     fit: Fit
+    shape: Shape
+    engine: Engine
     prediction: Prediction
     memory_bytes: float
 
@@ -221,13 +226,13 @@ class CellFinder:
         engine = _engine(calibrated, kind, quantisation, chips, spec.num_layers)
         if isinstance(engine, str):
             return no("card", engine)
-        model = CostModel(_shape(card, spec, fit, chips, calibrated), engine)
-        found = model.predict(load_parts(deployment), deployment.slo, fit, deployment.max_num_seqs)
+        shape = _shape(card, spec, fit, chips, calibrated)
+        found = CostModel(shape, engine).predict(load_parts(deployment), deployment.slo, fit, deployment.max_num_seqs)
         if isinstance(found, Missed):
             text = f"{found.best:.0f} ms at best, {found.asked:.0f} asked"
             return no(found.limit, text, found.best - found.asked, "ms")
         cell = Cell(kind=kind.name, backend=name, quantisation=quantisation, chips=chips)
-        return Candidate(cell=cell, fit=fit, prediction=found, memory_bytes=memory)
+        return Candidate(cell=cell, fit=fit, shape=shape, engine=engine, prediction=found, memory_bytes=memory)
 
     def _calibrated(
         self, spec: ModelSpec, kind: ChipKind, backend: str | BackendConfig, quantisation: Quantisation

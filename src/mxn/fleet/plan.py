@@ -120,6 +120,16 @@ class Plan:
         return not any(d.unserved or d.missing_replicas for d in self.deployments)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solved:
+    """A plan and the problem it solves, for what goes on from a plan. replicas: of each deployment, by option name."""
+
+    plan: Plan
+    inventory: Inventory
+    posed: Posed
+    replicas: Mapping[str, Mapping[str, int]]
+
+
 def make_plan(
     file: DeploymentsFile,
     *,
@@ -128,6 +138,18 @@ def make_plan(
     running: Running | None = None,
     store: MeasurementStore | None = None,
 ) -> Plan:
+    """The plan alone; see `solve_plan`."""
+    return solve_plan(file, what_if=what_if, effort=effort, running=running, store=store).plan
+
+
+def solve_plan(
+    file: DeploymentsFile,
+    *,
+    what_if: str = "",
+    effort: Effort | None = None,
+    running: Running | None = None,
+    store: MeasurementStore | None = None,
+) -> Solved:
     """The plan for a checked `mxn.yaml`. Computes, changes nothing.
 
     Args: what_if: chips to add and to take away, as in "+2 mi300x,-1 h100-sxm". effort: instead of the file's.
@@ -149,7 +171,7 @@ def make_plan(
     for planned in deployments:
         for placement in planned.placements:
             used[placement.kind] += placement.replicas * placement.chips_per_replica
-    return Plan(
+    plan = Plan(
         calibration=_calibration(posed),
         objective=file.policy.objectives,
         deployments=deployments,
@@ -161,6 +183,7 @@ def make_plan(
         chips_there={kind: inventory.num_chips(kind) for kind in inventory.kinds},
         prices=tuple(_prices(posed, outcome, file.policy.objectives[0])),
     )
+    return Solved(plan=plan, inventory=inventory, posed=posed, replicas=outcome.assignment.replicas)
 
 
 def _calibration(posed: Posed) -> str:
