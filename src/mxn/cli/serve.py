@@ -99,13 +99,17 @@ def serve(
         for flag, value in flags.items()
         if value is not None
     ]
-    file = _read(model, flags)
+    file = file_for(model, flags)
     if given and _is_file(model):
         raise ConfigError(f"{', '.join(given)} cannot be combined with {model}: write it into the file instead")
-    settings = replace(_settings(file, api_key or []), vllm_metrics=vllm_metrics or file.server.vllm_metrics)
+    settings = replace(server_settings(file, api_key or []), vllm_metrics=vllm_metrics or file.server.vllm_metrics)
     where = (host or file.server.host, file.server.port if port is None else port)
     if until_stdin_closes:
         _stop_when_stdin_closes()
+    if file.cluster.launcher == "ray":
+        from mxn.cli.ray_serving import serve_on_ray
+
+        raise typer.Exit(serve_on_ray(file, settings, where, file.cluster.ray.address, json_output=json_output))
     raise typer.Exit(_run(file, settings, where, json_output=json_output))
 
 
@@ -271,8 +275,8 @@ def _is_file(model: str | None) -> bool:
     return model is not None and model.endswith((".yaml", ".yml"))
 
 
-def _read(model: str | None, flags: Mapping[str, object]) -> DeploymentsFile:
-    """The deployments of a YAML file, or one made of the command line."""
+def file_for(model: str | None, flags: Mapping[str, object]) -> DeploymentsFile:
+    """A YAML file as it is, or one deployment made of the command line."""
     from mxn.cli.prepare import DEFAULT_MODEL, deployment_config
     from mxn.config.deployments import DeploymentsFile, load_deployments
 
@@ -282,7 +286,8 @@ def _read(model: str | None, flags: Mapping[str, object]) -> DeploymentsFile:
     return DeploymentsFile(deployments=(config,))
 
 
-def _settings(file: DeploymentsFile, keys: list[str]) -> ServerSettings:
+def server_settings(file: DeploymentsFile, keys: list[str]) -> ServerSettings:
+    """The file's limits and keys, with keys of the command line and of the environment."""
     from mxn.config.environment import api_keys
     from mxn.server.settings import MIB, ServerSettings
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mxn.config.checked import Checked
 from mxn.config.chip_card import ChipCard, Id
+from mxn.config.ray import RayConfig
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Watts = Annotated[float, Field(gt=0, le=1e9)]
@@ -71,6 +72,10 @@ class ClusterConfig(Checked):
     chips: tuple[ChipCard, ...] = ()
     """Cards of chips that mxn has none of, written out: a chip that one thinks of buying needs no driver here."""
     backends: tuple[BackendConfig, ...] = ()
+    launcher: Literal["local", "ray"] = "local"
+    """Where replicas run: as processes of this machine, or on a Ray cluster, whose nodes stand for `nodes` then."""
+    ray: RayConfig = RayConfig()
+    """For the launcher ray."""
 
 
 class StabilityConfig(Checked):

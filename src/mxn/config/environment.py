@@ -95,6 +95,12 @@ def variable(name: str) -> str:
     return os.environ.get(name, "").strip()
 
 
+def set_variables(**values: str) -> None:
+    """Sets variables for libraries of this process and for those that it starts, unless they are set already."""
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+
+
 def log_level() -> str:
     """Name of the level from which log lines are written."""
     level = os.environ.get("MXN_LOG_LEVEL", "info").strip().lower()

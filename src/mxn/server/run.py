@@ -31,16 +31,18 @@ async def serve(
     *,
     on_started: Callable[[str], None] | None = None,
     stop: asyncio.Event | None = None,
+    is_shared: bool = False,
 ) -> int:
     """Serves an app of `build_app` until SIGTERM or SIGINT; returns the exit code: 0 drained, 1 forced.
 
     The first signal turns new work away (503) and lets what runs finish for `drain_s`; a second one ends it at once.
     on_started: called with the base URL when connections are accepted; port 0 lets the system choose one.
     stop: does what the first signal does when it is set, for callers that are no process of their own.
+    is_shared: other gateways of this user may listen on the same address, and the system spreads connections over them.
     Raises: ConfigError when the address cannot be used, or is not loopback and no API key is set.
     """
     gateway: Gateway = app.state.gateway
-    listener = _listen(host, port, gateway.settings)
+    listener = _listen(host, port, gateway.settings, is_shared=is_shared)
     server = _Server(_config(app, gateway.settings))
     drain = _Drain(gateway, server)
     with _handle_signals(drain.on_signal):
@@ -136,13 +138,15 @@ def _config(app: FastAPI, settings: ServerSettings) -> uvicorn.Config:
     )
 
 
-def _listen(host: str, port: int, settings: ServerSettings) -> socket.socket:
+def _listen(host: str, port: int, settings: ServerSettings, *, is_shared: bool = False) -> socket.socket:
     check_address(host, settings)
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, proto)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if is_shared:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.socket_buffer_bytes)
             listener.bind(address)
             listener.listen(_BACKLOG)
