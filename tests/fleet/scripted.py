@@ -56,6 +56,7 @@ class ScriptedReplica:
     def finish(self) -> None:
         """Ends all its sequences."""
         streams, self.streams = self.streams, {}
+        self.stats.num_finished += len(streams)
         for seq_id, stream in streams.items():
             stream.push(SequenceOutput(seq_id=seq_id, finish_reason=FinishReason.STOP))
 

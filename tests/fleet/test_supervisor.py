@@ -297,12 +297,30 @@ def cold(name: str, size: int, **fields: Any) -> DeploymentSpec:
     return deployment_of(name, placement_of(name, "a", size), keep_loaded=False, **fields)
 
 
+async def ask(deployment: Deployment, launcher: ScriptedLauncher) -> None:
+    """One request, from its arrival to its end."""
+
+    async def answer() -> None:
+        while True:
+            await asyncio.sleep(0.005)
+            for replica in launcher.alive:
+                if replica.load.model == deployment.model:
+                    replica.finish()
+
+    answering = asyncio.create_task(answer())
+    try:
+        async with asyncio.timeout(10):
+            assert [output.finish_reason async for output in deployment.submit([1], SamplingParams())]
+    finally:
+        answering.cancel()
+
+
 async def test_a_cold_model_is_loaded_when_it_is_asked_for(stand: Stand) -> None:
     await stand.go(fleet_of(cold("red", 4)))
     red = stand.deployment("red")
     assert (red.state, stand.launcher.started) == ("unloaded", [])
     stand.launcher.load_s = 0.05
-    await asyncio.gather(*(stand.supervisor.ask_for(red) for _ in range(3)))
+    await asyncio.gather(*(ask(red, stand.launcher) for _ in range(3)))
     assert red.is_ready
     assert len(stand.launcher.started) == 1
 
@@ -311,41 +329,53 @@ async def test_the_line_for_a_cold_model_has_an_end(stand: Stand) -> None:
     await stand.go(fleet_of(cold("red", 4, max_queue=2)))
     stand.launcher.load_s = 0.2
     red = stand.deployment("red")
-    waiting = [asyncio.create_task(stand.supervisor.ask_for(red)) for _ in range(2)]
+    waiting = [asyncio.create_task(ask(red, stand.launcher)) for _ in range(2)]
     await asyncio.sleep(0.01)
-    with pytest.raises(OverloadedError, match="2 requests wait for it already"):
-        await stand.supervisor.ask_for(red)
+    with pytest.raises(OverloadedError, match="2 sequences in line, the limit is 2"):
+        red.submit([1], SamplingParams())
     await asyncio.gather(*waiting)
 
 
-async def test_a_request_that_waited_too_long_is_told_how_far_loading_is(stand: Stand) -> None:
-    await stand.go(fleet_of(cold("red", 4, load_wait_s=0.05)))
-    stand.launcher.load_s = 0.5
-    with pytest.raises(UnavailableError, match=r"not loaded within 0\.05 s: it is loading \(weights, 50%\)"):
-        await stand.supervisor.ask_for(stand.deployment("red"))
+async def test_a_cold_model_that_cannot_be_loaded_turns_its_line_away(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mxn.fleet.supervisor._TRY_AGAIN_S", 0.3)
+    await stand.go(fleet_of(cold("red", 4)))
+    red = stand.deployment("red")
+    stand.launcher.failing.add("red")
+    with pytest.raises(UnavailableError):
+        await ask(red, stand.launcher)
+    assert not red.accepts
+    assert "no such weights" in red.reason
+    stand.launcher.failing.clear()
+    async with asyncio.timeout(5):
+        while not red.accepts:
+            await asyncio.sleep(0.05)
+    await ask(red, stand.launcher)
 
 
 async def test_the_longest_unused_model_makes_room(stand: Stand) -> None:
     await stand.go(fleet_of(cold("red", 4), cold("green", 4), cold("blue", 4)))
     for name in ("red", "green", "red"):
-        await stand.supervisor.ask_for(stand.deployment(name))
-    await stand.supervisor.ask_for(stand.deployment("blue"))
+        await ask(stand.deployment(name), stand.launcher)
+        await asyncio.sleep(0.3)  # use is looked at now and then
+    await ask(stand.deployment("blue"), stand.launcher)
     await stand.settle()
     assert set(stand.running) == {("red", "a", 1), ("blue", "a", 1)}
 
 
 async def test_a_model_at_work_is_not_unloaded_for_another(stand: Stand) -> None:
-    await stand.go(fleet_of(cold("red", 8), cold("green", 8, load_wait_s=0.6)))
-    await stand.supervisor.ask_for(stand.deployment("red"))
+    await stand.go(fleet_of(cold("red", 8), cold("green", 8, max_wait_s=0.3)))
+    await ask(stand.deployment("red"), stand.launcher)
     stream = stand.deployment("red").submit([1], SamplingParams())
-    with pytest.raises(UnavailableError, match=r"0\.00 GiB of a, where 0\.00 are free"):
-        await stand.supervisor.ask_for(stand.deployment("green"))
-    asking = asyncio.create_task(stand.supervisor.ask_for(stand.deployment("green")))
-    await asyncio.sleep(0.01)
+    with pytest.raises(UnavailableError, match="green"):
+        await ask(stand.deployment("green"), stand.launcher)
+    assert set(stand.running) == {("red", "a", 1)}
     stand.launcher.alive[0].finish()
     assert [output.finish_reason async for output in stream]
-    await asking
-    assert set(stand.running) == {("green", "a", 1)}
+    async with asyncio.timeout(5):
+        while set(stand.running) != {("green", "a", 1)}:
+            await asyncio.sleep(0.05)
 
 
 async def test_an_idle_model_is_unloaded_after_its_time(stand: Stand) -> None:
@@ -357,8 +387,7 @@ async def test_an_idle_model_is_unloaded_after_its_time(stand: Stand) -> None:
             await asyncio.sleep(0.05)
     await stand.settle()
     assert stand.deployment("red").state == "unloaded"
-    await stand.supervisor.ask_for(stand.deployment("red"))
-    assert stand.deployment("red").is_ready
+    await ask(stand.deployment("red"), stand.launcher)
 
 
 # ---------------------------------------------------------------- whatever happens

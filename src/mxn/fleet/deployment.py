@@ -199,7 +199,7 @@ class Deployment:
         is_drawn = sampling.seed is None and not sampling.is_greedy
         return self._begin(
             SequenceRequest(
-                seq_id=0,
+                seq_id=self._dispatch.new_seq_id(),
                 prompt_token_ids=prompt_token_ids,
                 sampling=sampling,
                 cache_salt=cache_salt,
@@ -221,7 +221,7 @@ class Deployment:
             while len(outputs) < len(texts):
                 while num_begun < len(texts) and len(streams) < max_open:
                     try:
-                        request = SequenceRequest(seq_id=0, prompt_token_ids=texts[num_begun])
+                        request = SequenceRequest(seq_id=self._dispatch.new_seq_id(), prompt_token_ids=texts[num_begun])
                         streams.append(self._begin(request))
                     except OverloadedError:
                         if not streams:
@@ -269,6 +269,16 @@ class Deployment:
             await self._changed.wait()
         if not self.is_ready:
             raise BackendError(self.reason or f'deployment "{self.name}" is {self.state}')
+
+    def change_to(self, spec: DeploymentSpec, on_demand: Callable[[], None] | None) -> None:
+        """Goes by another specification of the same model from now on.
+
+        on_demand: called when a sequence comes and nothing is ready; with it sequences may wait though nothing is.
+        """
+        self.spec = self._dispatch.spec = spec
+        if (self.on_demand is None) != (on_demand is None):
+            self.on_demand = on_demand
+            self._on_change()
 
     def drain(self) -> None:
         """Takes no new sequences from now on; those that are in line are still served."""

@@ -7,7 +7,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 
 from mxn.core.request import SequenceRequest
@@ -72,7 +71,7 @@ class Dispatch:
     def __init__(
         self, spec: DeploymentSpec, keepers: Callable[[], Iterable[Keeper]], accepts: Callable[[], bool]
     ) -> None:
-        self._spec = spec
+        self.spec = spec
         self._keepers = keepers
         self._accepts = accepts
         self._posts: dict[str, _Post] = {}
@@ -86,8 +85,12 @@ class Dispatch:
         """Sequences that no replica has yet, or any more."""
         return len(self._line) + len(self._returning)
 
+    def new_seq_id(self) -> int:
+        """An id that no sequence of this deployment had."""
+        return next(self._seq_ids)
+
     def submit(self, request: SequenceRequest) -> RelayedStream:
-        """Gives the sequence to a replica or lets it wait. Its `seq_id` is chosen here.
+        """Gives the sequence to a replica or lets it wait.
 
         Raises: OverloadedError when the line is full or too slow; UnavailableError when nothing is ready or to be.
         """
@@ -114,7 +117,7 @@ class Dispatch:
                 post.watch()
         self._pump()
         if self.num_waiting and not self._has_hope():
-            self.refuse_all(f'model "{self._spec.name}" cannot serve any more')
+            self.refuse_all(f'model "{self.spec.name}" cannot serve any more')
 
     def refuse_all(self, why: str) -> None:
         """Ends the wait of all who are in line."""
@@ -148,7 +151,7 @@ class Dispatch:
 
     def _check_wait(self, tier: int) -> None:
         """Raises OverloadedError or UnavailableError unless one more of this tier may wait."""
-        spec = self._spec
+        spec = self.spec
         ready = [post for post in self._posts.values() if post.keeper.is_ready]
         if not ready and not self._accepts():
             reasons = [keeper.reason for keeper in self._keepers() if keeper.reason]
@@ -182,11 +185,11 @@ class Dispatch:
 
     def _wait(self, relay: RelayedStream) -> None:
         loop = asyncio.get_running_loop()
-        relay.deadline = loop.call_later(self._spec.max_wait_s, self._expire, relay)
+        relay.deadline = loop.call_later(self.spec.max_wait_s, self._expire, relay)
 
     def _expire(self, relay: RelayedStream) -> None:
         self.leave(relay)
-        name, waited = self._spec.name, f"waited {self._spec.max_wait_s:g} s for a replica, the limit"
+        name, waited = self.spec.name, f"waited {self.spec.max_wait_s:g} s for a replica, the limit"
         if relay.loss is not None:
             relay.refuse(relay.loss)
         elif any(post.keeper.is_ready for post in self._posts.values()):
@@ -224,21 +227,29 @@ class Dispatch:
         """Gives a sequence to the best replica that has room; False when none has."""
         while posts := [post for post in self._posts.values() if post.has_room and relay.suits(post.info)]:
             request = relay.request
-            tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
-            output_tokens = min(request.sampling.max_tokens, self._mean_output_tokens())
-            post = posts[0] if len(self._posts) == 1 else self._choose(posts, request, tokens, output_tokens)
-            request = replace(request, seq_id=next(self._seq_ids))
+            work = self._work_of(request)
+            post = posts[0] if len(self._posts) == 1 else self._choose(posts, request, work)
             try:
                 stream = post.replica.submit(request)
             except ReplicaDiedError:
                 continue
-            post.work_tokens += tokens + output_tokens
-            stream.on_end = partial(self._ended, post, tokens + output_tokens)
+            tokens = work.prompt_tokens + work.output_tokens
+            post.work_tokens += tokens
+            stream.on_end = partial(self._ended, post, tokens)
             relay.begin(stream, post.info)
             return True
         return False
 
-    def _choose(self, posts: list[_Post], request: SequenceRequest, tokens: int, output_tokens: float) -> _Post:
+    def _work_of(self, request: SequenceRequest) -> Work:
+        means = [p.meter.mean_output_tokens for p in self._posts.values() if p.meter.mean_output_tokens is not None]
+        mean = sum(means) / len(means) if means else _OUTPUT_TOKENS
+        return Work(
+            prompt_tokens=len(request.prompt_token_ids) + len(request.output_token_ids),
+            output_tokens=min(request.sampling.max_tokens, mean),
+            ttft_slo_s=self.spec.ttft_slo_s,
+        )
+
+    def _choose(self, posts: list[_Post], request: SequenceRequest, work: Work) -> _Post:
         now_s = time.monotonic()
         heads: dict[tuple[str, int], list[bytes]] = {}
         candidates = []
@@ -249,7 +260,6 @@ class Dispatch:
                 heads[key] = prompt_heads(*key, request.cache_salt, request.prompt_token_ids)
             post.meter.note(post.replica.stats)
             candidates.append(self._candidate(post, index.num_cached_tokens(heads[key]), now_s))
-        work = Work(prompt_tokens=tokens, output_tokens=output_tokens, ttft_slo_s=self._spec.ttft_slo_s)
         post = posts[choose(candidates, work)]
         post.prefixes.expect(heads[post.prefixes.fingerprint, post.prefixes.block_size])
         return post
@@ -270,10 +280,6 @@ class Dispatch:
             joules_per_token=joules,
             ready_s=now_s - post.ready_since_s,
         )
-
-    def _mean_output_tokens(self) -> float:
-        means = [p.meter.mean_output_tokens for p in self._posts.values() if p.meter.mean_output_tokens is not None]
-        return sum(means) / len(means) if means else _OUTPUT_TOKENS
 
     def _ended(self, post: _Post, tokens: float) -> None:
         """A sequence has left a replica, so another may go there."""

@@ -48,7 +48,6 @@ class DeploymentSpec:
     restart_delays_s: waits before each restart in a row; after the last one the placement stays failed.
     keep_loaded: false loads it when it is first asked for, and unloads it when others need its room.
     idle_unload_s: it is unloaded after so long without a request, and loaded again when asked for.
-    load_wait_s: how long a request waits for a model that is being loaded for it.
     """
 
     name: str
@@ -61,7 +60,6 @@ class DeploymentSpec:
     restart_delays_s: tuple[float, ...] = (0.0, 1.0, 5.0, 20.0)
     keep_loaded: bool = True
     idle_unload_s: float | None = None
-    load_wait_s: float = 60.0
 
     @property
     def is_on_demand(self) -> bool:

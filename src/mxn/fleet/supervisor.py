@@ -12,11 +12,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from mxn.engine.messages import load_key
 from mxn.engine.tokenizer import Tokenizer
-from mxn.errors import ConfigError, MxnError, OverloadedError, UnavailableError
+from mxn.errors import ConfigError, MxnError
 from mxn.fleet.deployment import Deployment
 from mxn.fleet.keeper import Keeper
 from mxn.fleet.launchers.base import Launcher
@@ -30,7 +31,7 @@ _LOOK_S = 0.25
 """How often it is looked whether a model is idle, where that matters to another or to itself."""
 
 _TRY_AGAIN_S = 10.0
-"""How often a model that failed to load is tried again for those who ask for it."""
+"""How long a model that failed to load on demand is not tried again."""
 _GIB = 1 << 30
 
 Resolve = Callable[[Collection[str]], FleetSpec]
@@ -75,12 +76,11 @@ class Supervisor:
         self._waiting: dict[str, str] = {}
         self._cramped: set[str] = set()
         self._drained: set[tuple[str, str]] = set()
-        self._asked_s: dict[str, float] = {}
         self._loaded: set[str] = set()
-        self._num_in_line: dict[str, int] = {}
+        self._used: dict[str, float] = {}
+        self._num_ended: dict[str, int] = {}
         self._lost: set[str] = set()
         self._emptied: set[str] = set()
-        self._tried_s: dict[str, float] = {}
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -140,7 +140,7 @@ class Supervisor:
                 )
             else:
                 line.remove(known)
-            known.spec = one
+            known.change_to(one, self._loader(one))
             line.append(known)
         for name in self._deployments:
             self._try_failed_again(name)
@@ -192,43 +192,6 @@ class Supervisor:
         self._poke()
         return [m.keeper.id for m in found]
 
-    async def ask_for(self, deployment: Deployment) -> None:
-        """Says that a request has come for a deployment, and waits until it is loaded where it is so on demand.
-
-        Raises: OverloadedError when too many wait already; UnavailableError when it was not ready in time.
-        """
-        spec = deployment.spec
-        if not spec.is_on_demand:
-            return
-        name = spec.name
-        self._asked_s[name] = time.monotonic()
-        if deployment.is_ready:
-            return
-        if self._num_in_line.get(name, 0) >= spec.max_queue:
-            raise OverloadedError(
-                f'model "{name}" is being loaded and {spec.max_queue} requests wait for it already; retry later',
-                retry_after_s=2.0,
-            )
-        self._loaded.add(name)
-        if time.monotonic() - self._tried_s.get(name, 0.0) > _TRY_AGAIN_S:
-            self._tried_s[name] = time.monotonic()
-            self._try_failed_again(name)
-        self._poke()
-        self._num_in_line[name] = self._num_in_line.get(name, 0) + 1
-        try:
-            async with asyncio.timeout(spec.load_wait_s):
-                while not deployment.is_ready and not self._is_hopeless(deployment):
-                    await self._changed.wait()
-        except TimeoutError:
-            phase = f" ({deployment.load_phase}, {deployment.load_fraction:.0%})" if deployment.load_phase else ""
-            why = self._waiting.get(name, f"it is {deployment.state}{phase}")
-            raise UnavailableError(
-                f'model "{name}" was not loaded within {spec.load_wait_s:g} s: {why}; retry later', retry_after_s=5.0
-            ) from None
-        finally:
-            self._num_in_line[name] -= 1
-            self._asked_s[name] = time.monotonic()
-
     # ------------------------------------------------------------------ life
 
     def start(self) -> None:
@@ -262,12 +225,12 @@ class Supervisor:
     async def _run(self) -> None:
         while True:
             self._wake.clear()
-            self._unload_idle()
+            self._look_at_use()
             self._step()
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
             with contextlib.suppress(TimeoutError):
-                looks = self._cramped or any(one.idle_unload_s is not None for one in self._spec.deployments)
+                looks = any(one.is_on_demand for one in self._spec.deployments)
                 await asyncio.wait_for(self._wake.wait(), _LOOK_S if looks else None)
 
     def _step(self) -> None:
@@ -375,10 +338,9 @@ class Supervisor:
             and member.keeper.id in kept
             and member.deployment.name != wanted.name
             and member.deployment.spec.is_on_demand
-            and not _num_streams(member.deployment)
-            and not self._num_in_line.get(member.deployment.name, 0)
+            and not _is_busy(member.deployment)
         ]
-        return sorted(idle, key=lambda member: self._asked_s.get(member.deployment.name, 0.0))
+        return sorted(idle, key=lambda member: self._used.get(member.deployment.name, 0.0))
 
     def _may_go(
         self, member: Member, kept: Collection[str], missing: Sequence[tuple[Deployment, PlacementSpec]]
@@ -420,32 +382,49 @@ class Supervisor:
 
     # ------------------------------------------------------------------ models on demand
 
+    def _loader(self, spec: DeploymentSpec) -> Callable[[], None] | None:
+        """What a deployment does when it is asked for and not loaded; None for one that is always to be."""
+        return partial(self._ask_for, spec.name) if spec.is_on_demand else None
+
+    def _ask_for(self, name: str) -> None:
+        self._used[name] = time.monotonic()
+        if name not in self._loaded:
+            self._loaded.add(name)
+            self._try_failed_again(name)
+        self._poke()
+
     def _is_loaded(self, spec: DeploymentSpec) -> bool:
         """True when a deployment that is loaded on demand should be loaded now."""
-        if spec.name not in self._asked_s:  # never seen before
-            self._asked_s[spec.name] = time.monotonic()
+        if spec.name not in self._used:  # never seen before
+            self._used[spec.name] = time.monotonic()
             if spec.keep_loaded:
                 self._loaded.add(spec.name)
         return spec.name in self._loaded
 
-    def _unload_idle(self) -> None:
+    def _look_at_use(self) -> None:
+        """Notes which of the models that are loaded on demand are in use, and unloads those that were not for long.
+
+        One that failed to load takes no requests for a while; then it is tried again for the next.
+        """
         now_s = time.monotonic()
         for spec in self._spec.deployments:
             deployment = self.get(spec.name)
-            if spec.idle_unload_s is None or spec.name not in self._loaded or deployment is None:
+            if not spec.is_on_demand or deployment is None or spec.name not in self._loaded:
                 continue
-            if _num_streams(deployment) or self._num_in_line.get(spec.name, 0) or not deployment.is_ready:
-                self._asked_s[spec.name] = now_s
-            elif now_s - self._asked_s[spec.name] > spec.idle_unload_s:
+            stats = deployment.stats
+            num_ended = stats.num_finished + stats.num_aborted + stats.num_failed
+            if _is_busy(deployment) or num_ended != self._num_ended.get(spec.name):
+                self._num_ended[spec.name] = num_ended
+                self._used[spec.name] = now_s
+            unused_s = now_s - self._used[spec.name]
+            if deployment.state == "failed" and spec.name not in self._cramped:
+                deployment.change_to(spec, None)
+                if unused_s > _TRY_AGAIN_S:
+                    self._loaded.discard(spec.name)
+                    deployment.change_to(spec, self._loader(spec))
+            elif spec.idle_unload_s is not None and unused_s > spec.idle_unload_s:
                 log.info("%s is unloaded after %g s without a request", spec.name, spec.idle_unload_s)
                 self._loaded.discard(spec.name)
-
-    def _is_hopeless(self, deployment: Deployment) -> bool:
-        """True when waiting for a deployment would be in vain: it is gone, failed, or has no chip to run on."""
-        name = deployment.name
-        return deployment not in self._deployments.get(name, []) or (
-            deployment.state == "failed" and name not in self._cramped
-        )
 
     # ------------------------------------------------------------------ chips that are lost, and plans
 
@@ -542,8 +521,11 @@ def _uses(deployment: Deployment, chip: str) -> bool:
     return any(one.uid == chip for placement in deployment.spec.placements for one in placement.chips)
 
 
-def _num_streams(deployment: Deployment) -> int:
-    return sum(keeper.replica.num_streams for keeper in deployment.keepers if keeper.replica is not None)
+def _is_busy(deployment: Deployment) -> bool:
+    """True while it has sequences, in line or at work."""
+    return deployment.num_waiting > 0 or any(
+        keeper.replica and keeper.replica.num_streams for keeper in deployment.keepers
+    )
 
 
 def _key_of(spec: DeploymentSpec, placement: PlacementSpec) -> str:
