@@ -31,6 +31,7 @@ from mxn.errors import (  # noqa: E402
     UnsupportedModelError,
 )
 from mxn.runner.onnx.graph import check_graph_file, read_graph  # noqa: E402
+from mxn.runner.onnx.load import may_spin  # noqa: E402
 from mxn.store.graphs import GraphOptions, exported_graph  # noqa: E402
 from mxn.store.spec import spec_from_config  # noqa: E402
 
@@ -313,6 +314,17 @@ def test_a_graph_of_another_kind_is_refused(graph_file: Path) -> None:
         read_graph(graph_file, key_dim=16, value_dim=16)
 
 
+@pytest.mark.parametrize(("taken", "spins"), [(0.02, True), (0.6, False)])
+def test_threads_spin_only_where_they_have_the_cores_to_themselves(
+    taken: float, spins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mxn.runner.onnx.load.watch_others", lambda: lambda: taken)
+    notes: list[str] = []
+    assert may_spin("auto", notes) is spins
+    assert f"other processes took {taken:.0%} of the cores" in notes[0]
+    assert (may_spin("on", notes), may_spin("off", notes), len(notes)) == (True, False, 1)
+
+
 @pytest.mark.parametrize(
     ("fields", "error", "text"),
     [
@@ -320,6 +332,7 @@ def test_a_graph_of_another_kind_is_refused(graph_file: Path) -> None:
         ({"options": {"provider": "abacus"}}, ConfigError, "available: cpu, cuda"),
         ({"options": {"typo": "1"}}, ConfigError, "has no option"),
         ({"options": {"fallback": "maybe"}}, ConfigError, "available: refuse, allow"),
+        ({"options": {"spinning": "fast"}}, ConfigError, "available: auto, on, off"),
         ({"quantisation": "bf16"}, ConfigError, "available: auto, int4, int8, fp32"),
         ({"kv_bytes": 1000}, OutOfMemoryError, "less than one slot of 128 tokens"),
         ({"context_length": 4096}, ConfigError, "over the 128 tokens"),

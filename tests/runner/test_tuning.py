@@ -12,7 +12,8 @@ torch = pytest.importorskip("torch")
 
 from mxn.attention.reference import ReferenceAttention  # noqa: E402
 from mxn.core.model import LoadSettings, Model  # noqa: E402
-from mxn.runner.tuning import Memory, choose, fastest, measure, thread_counts, watch_others  # noqa: E402
+from mxn.runner.neighbours import watch_others  # noqa: E402
+from mxn.runner.tuning import Memory, choose, fastest, measure, thread_counts  # noqa: E402
 
 pytestmark = pytest.mark.torch
 

@@ -15,7 +15,7 @@ from mxn.core.model import LoadSettings, Model
 from mxn.errors import ConfigError, UnsupportedModelError
 from mxn.runner.encoder import EncoderFacts, EncoderRunner, Ids, check_room
 from mxn.runner.onnx.graph import check_graph_file
-from mxn.runner.onnx.load import OnnxOptions, Progress
+from mxn.runner.onnx.load import OnnxOptions, Progress, may_spin
 from mxn.runner.onnx.session import check_provider, open_session
 from mxn.store.embedding import GRAPH_NAMES, graph_file, read_recipe
 from mxn.store.integrity import read_json
@@ -94,17 +94,20 @@ def load_onnx_embedding_runner(
         )
     check_room(model.name, int(graph.weight_bytes * _SPARE), free_bytes())
     threads = settings.threads or cores
+    notes: list[str] = []
     session, where = open_session(
         graph,
         provider=options.provider,
         threads=threads,
         allow_fallback=options.fallback == "allow",
         options=options.provider_options,
+        spins=may_spin(options.spinning, notes),
     )
     progress("weights", 1.0)
     notes = [
         f"numbers {graph.precision}, as in {path.name}; {recipe}",
         f"ONNX Runtime {ort.__version__}, {threads} compute threads",
+        *notes,
         where,
     ]
     if graph.is_joint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import onnxruntime as ort
 
 from mxn.core.model import LoadSettings, Model
 from mxn.errors import ConfigError, OutOfMemoryError
+from mxn.runner.neighbours import watch_others
 from mxn.runner.onnx.graph import DecoderGraph, read_graph
 from mxn.runner.onnx.runner import DecodeProgram, OnnxRunner, slot_bytes
 from mxn.runner.onnx.session import PROVIDERS, check_provider, open_session
@@ -18,6 +20,9 @@ QUANTISATIONS = ("auto", "int4", "int8", "fp32")
 _TARGETS = {"cuda": "cuda", "tensorrt": "cuda", "directml": "dml"}
 _BLOCK_SIZES = ("auto", "16", "32", "64", "128", "256")
 _AUTO_BLOCK_SIZES = {"int4": 32, "int8": 128}
+MAX_OTHERS_TO_SPIN = 0.25
+"""Share of the cores' time that other processes may take for threads to spin; see benchmarks/NOTES.md."""
+_WATCH_S = 0.2
 _KV_SHARE = 0.5
 """Of the free memory for an "auto" KV cache, as for the cpu backend."""
 _SPARE = 1.2
@@ -45,6 +50,8 @@ class OnnxOptions:
 
     provider: one of `PROVIDERS`. fallback: "allow" lets nodes that the provider does not take run on the CPU.
     prefill: the precision of a second graph for prompts, over the same slots, or "same".
+    spinning: "on" lets compute threads wait for work in a loop, "off" asleep; "auto" is on where they have the cores to
+      themselves when the model is loaded.
     block_size: weights that share a scale in int4 and int8; "auto" is 32 for int4, a GGUF file's own, and 128 for int8.
     provider_options: what else the provider is told, as `provider.KEY` options.
     """
@@ -52,6 +59,7 @@ class OnnxOptions:
     provider: str = "cpu"
     fallback: str = "refuse"
     prefill: str = "same"
+    spinning: str = "auto"
     block_size: str = "auto"
     provider_options: dict[str, str]
 
@@ -64,6 +72,7 @@ class OnnxOptions:
             "provider": tuple(PROVIDERS),
             "fallback": ("refuse", "allow"),
             "prefill": ("same", "int4", "int8", "fp32"),
+            "spinning": ("auto", "on", "off"),
             "block_size": _BLOCK_SIZES,
         }
         for name, value in values.items():
@@ -98,10 +107,11 @@ def load_onnx_runner(
         + ("chosen as the fastest that keeps the model's likelihood" if settings.quantisation == "auto" else "as set"),
         f"ONNX Runtime {ort.__version__}, {threads} compute threads",
     ]
-    decode = _open(model, quantisation, options, threads, free_bytes, progress, notes)
+    spins = may_spin(options.spinning, notes)
+    decode = _open(model, quantisation, options, threads, spins, free_bytes, progress, notes)
     prefill = decode
     if prefill_precision != quantisation:
-        prefill = _open(model, prefill_precision, options, threads, free_bytes, progress, notes)
+        prefill = _open(model, prefill_precision, options, threads, spins, free_bytes, progress, notes)
         _check_same_slots(decode.graph, prefill.graph)
         notes.append(f"prompts run on the {prefill_precision} graph, decoding on the {quantisation} graph")
     progress("kv-cache", 0.0)
@@ -126,6 +136,7 @@ def _open(
     precision: str,
     options: OnnxOptions,
     threads: int,
+    spins: bool,
     free_bytes: Callable[[], int],
     progress: Progress,
     notes: list[str],
@@ -150,10 +161,23 @@ def _open(
         threads=threads,
         allow_fallback=options.fallback == "allow",
         options=options.provider_options,
+        spins=spins,
     )
     progress(f"session {precision}", 1.0)
     notes += [f"{precision} graph by {', '.join(exported.facts)}", where]
     return DecodeProgram(session=session, graph=graph, name=precision)
+
+
+def may_spin(wanted: str, notes: list[str]) -> bool:
+    """Whether compute threads spin: as wanted, or by what others take of the cores now."""
+    if wanted != "auto":
+        return wanted == "on"
+    share = watch_others()
+    time.sleep(_WATCH_S)
+    taken = share()
+    how = "spin" if taken <= MAX_OTHERS_TO_SPIN else "sleep"
+    notes.append(f"threads {how} while they wait: other processes took {taken:.0%} of the cores (option spinning)")
+    return taken <= MAX_OTHERS_TO_SPIN
 
 
 def _max_context(model: Model, settings: LoadSettings) -> int:

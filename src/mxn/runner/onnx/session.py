@@ -55,18 +55,26 @@ def check_provider(provider: str) -> None:
 
 
 def open_session(
-    graph: CheckedGraph, *, provider: str, threads: int, allow_fallback: bool, options: Mapping[str, str]
+    graph: CheckedGraph,
+    *,
+    provider: str,
+    threads: int,
+    allow_fallback: bool,
+    options: Mapping[str, str],
+    spins: bool = True,
 ) -> tuple[ort.InferenceSession, str]:
     """A session on a provider, and one sentence on which nodes run where.
 
     allow_fallback: nodes that the provider does not take may run on the CPU; otherwise such a graph is refused.
     options: passed to the provider as they are.
+    spins: compute threads wait for the next node in a loop, not asleep.
     Raises: BackendError naming the nodes that were not taken; ModelError when the graph cannot be opened.
     """
     name, _ = PROVIDERS[provider]
     settings = ort.SessionOptions()
     settings.intra_op_num_threads, settings.inter_op_num_threads = threads, 1
     settings.log_severity_level = 3
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if spins else "0")
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.folder))
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
