@@ -19,6 +19,10 @@ _MAX_MOVES = 3
 class Home(Protocol):
     """Where a relayed stream turns to; see `mxn.fleet.dispatch.Dispatch`."""
 
+    def new_seq_id(self) -> int:
+        """An id that no sequence had."""
+        ...
+
     def take_back(self, relay: RelayedStream) -> bool:
         """Finds the sequence another replica, at once or after a wait; False when none is to be expected."""
         ...
@@ -40,6 +44,24 @@ class RelayedStream:
     request: what is asked for, as the next replica is to be told.
     arrival: its place in line. like: the replica that began it, once it must be continued by one of the same kind.
     """
+
+    __slots__ = (
+        "_error",
+        "_has_output",
+        "_home",
+        "_info",
+        "_is_closed",
+        "_loss",
+        "_may_move",
+        "_num_moves",
+        "_stream",
+        "_token_ids",
+        "_waiter",
+        "arrival",
+        "deadline",
+        "like",
+        "request",
+    )
 
     def __init__(self, request: SequenceRequest, home: Home, arrival: int = 0) -> None:
         self.request = request
@@ -143,6 +165,7 @@ class RelayedStream:
             sampling = replace(self.request.sampling, num_prompt_logprobs=None)  # the first output brought them
             self.request = replace(self.request, output_token_ids=list(self._token_ids), sampling=sampling)
             self.like = info
+        self.request = replace(self.request, seq_id=self._home.new_seq_id())
         if not self._home.take_back(self):
             self._is_closed = True
             raise error

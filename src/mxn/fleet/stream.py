@@ -16,6 +16,18 @@ class SequenceStream:
     on_end: called once when the replica is done with the sequence: its last output came, or the replica ended.
     """
 
+    __slots__ = (
+        "_abort",
+        "_error",
+        "_is_closed",
+        "_joules",
+        "_pending",
+        "_waiter",
+        "num_cached_tokens",
+        "on_end",
+        "seq_id",
+    )
+
     def __init__(self, seq_id: int, abort: Callable[[int], bool]) -> None:
         self.seq_id = seq_id
         self.num_cached_tokens = 0
