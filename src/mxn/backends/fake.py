@@ -33,6 +33,7 @@ from mxn.backends.base import (
     WarmUp,
 )
 from mxn.backends.host import resident_bytes
+from mxn.config.environment import fake_chips
 from mxn.core.batch import PENDING, SampledToken, SequenceStep, StepBatch, StepResult
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
@@ -328,7 +329,12 @@ class FakeBackend(Backend):
         return Probe(state="active", reason="simulated chips for tests; every figure it yields is marked simulated")
 
     def chips(self) -> Sequence[Chip]:
-        return [Chip(uid="fake-0", kind=None, name="Simulated chip", vendor="mxn", memory_bytes=1 << 30, cores=1)]
+        kinds = fake_chips() or (None,)
+        name, gib = "Simulated chip", 1 << 30
+        return [
+            Chip(uid=f"fake-{index}", kind=kind, name=name, vendor="mxn", memory_bytes=gib, cores=1)
+            for index, kind in enumerate(kinds)
+        ]
 
     def capabilities(self, chip: Chip) -> Capabilities:
         return Capabilities(

@@ -14,6 +14,7 @@
 | MXN_VLLM_PYTHON  | interpreter of the environment that vLLM is installed in | `vllm` on PATH |
 | MXN_LOG_LEVEL    | debug, info, warning or error                            | info |
 | MXN_LOG_FORMAT   | text, or json for one object per line                    | text |
+| MXN_FAKE_CHIPS   | kinds of the chips that the fake backend simulates       | one chip of no kind |
 | CUDA_VISIBLE_DEVICES, ROCR_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES | chips that drivers show, by number or UUID | all |
 """
 
@@ -116,6 +117,11 @@ def log_format(given: str | None = None) -> str:
         where = "--log-format" if given else "MXN_LOG_FORMAT"
         raise ConfigError(f"{where} is {name!r}; expected one of {', '.join(LOG_FORMATS)}")
     return name
+
+
+def fake_chips() -> tuple[str, ...]:
+    """Kinds of the chips that the fake backend simulates, one for each chip; empty for one chip of no kind."""
+    return tuple(kind.strip() for kind in os.environ.get("MXN_FAKE_CHIPS", "").split(",") if kind.strip())
 
 
 def visible_chips(variable: str) -> tuple[str, ...] | None:

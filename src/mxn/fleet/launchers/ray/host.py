@@ -7,6 +7,7 @@ sequences of that gateway together, so that Ray's cost is paid once per step and
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -22,19 +23,38 @@ from ray import serve
 from mxn.backends.registry import load_backend
 from mxn.core.request import FinishReason, SequenceOutput
 from mxn.engine.channel import messages_of, pack
-from mxn.engine.messages import Abort, ChipLost, Load, Ready, ResetPrefixCache, Start, StepDone, Stop
+from mxn.engine.messages import (
+    ALIVE_S,
+    Abort,
+    Alive,
+    BlocksChanged,
+    ChipLost,
+    Load,
+    Ready,
+    ReportBlocks,
+    ResetPrefixCache,
+    Start,
+    StepDone,
+    Stop,
+    ToGateway,
+)
+from mxn.engine.prefix_cache import HEAD_BYTES
 from mxn.errors import BackendError, ReplicaDiedError, UnavailableError
 from mxn.fleet.launchers.local import LocalLauncher
 from mxn.fleet.launchers.ray.group import ReplicaGroup, Welcome
 from mxn.fleet.launchers.ray.lease import ChipLease
 from mxn.fleet.launchers.ray.scaling import LatencyWindow
 from mxn.fleet.ray_inventory import NODE_LABEL
+from mxn.fleet.replica import Replica
 from mxn.fleet.stream import SequenceStream
 
 log = logging.getLogger(__name__)
 
-_REPORT_S = 1.0
-"""How often a gateway with nothing to do hears of the engine's gauges."""
+_REPORT_S = ALIVE_S / 2
+"""How often a gateway hears of a replica that has nothing for it."""
+
+_HUNG_S = 4 * ALIVE_S
+"""Silence of a process after which it is taken for hung, and ended."""
 
 _LAST_WORDS_S = 0.5
 """Time that gateways get to hear why a replica ended before its actor does, too."""
@@ -54,6 +74,8 @@ class ReplicaHost:
         context = ray.get_runtime_context()
         load, self._lease = await asyncio.to_thread(_prepare, self._group, context.get_node_id())
         self._replica = await LocalLauncher().start(load, _log_phase, {})
+        self._blocks: set[bytes] = set()
+        self._replica.watch_blocks(self._note_blocks)
         welcome = Welcome(serve.get_replica_context().replica_id.unique_id, os.getpid(), _node_name(context))
         self._welcome = msgspec.msgpack.encode(welcome)
         self._watch = asyncio.create_task(self._end_with_replica())
@@ -65,7 +87,7 @@ class ReplicaHost:
         Ends after `Stop`, once the gateway's last sequence has. Raises: ReplicaDiedError when the process has ended.
         """
         gateway = self._gateways[name] = _Gateway()
-        replica, reported_s = self._replica, 0.0
+        replica = self._replica
         try:
             if replica.info is None:
                 raise ReplicaDiedError(replica.end_reason)
@@ -73,9 +95,8 @@ class ReplicaHost:
             yield pack(Ready(replica.info))
             while not gateway.is_done and not replica.ended.is_set():
                 await gateway.wait(_REPORT_S)
-                if gateway.outputs or replica.last_step_s > reported_s:
-                    reported_s = replica.last_step_s
-                    yield pack(StepDone(gateway.take(), replica.stats))
+                if frames := b"".join(pack(message) for message in gateway.take(replica)):
+                    yield frames
             if replica.has_lost_chip:
                 yield pack(ChipLost(replica.end_reason))
             if replica.ended.is_set():
@@ -99,8 +120,20 @@ class ReplicaHost:
                 gateway.abort(message.seq_ids)
             elif isinstance(message, ResetPrefixCache):
                 self._replica.reset_prefix_cache()
+            elif isinstance(message, ReportBlocks):
+                gateway.tell_blocks(b"".join(self._blocks), b"")
+                gateway.wants_blocks = True
             elif isinstance(message, Stop):
                 gateway.stop()
+
+    def _note_blocks(self, stored: bytes, evicted: bytes) -> None:
+        """Keeps what is held for gateways that come later, and tells those that are there."""
+        for heads, change in ((stored, self._blocks.add), (evicted, self._blocks.discard)):
+            for start in range(0, len(heads), HEAD_BYTES):
+                change(heads[start : start + HEAD_BYTES])
+        for gateway in self._gateways.values():
+            if gateway.wants_blocks:
+                gateway.tell_blocks(stored, evicted)
 
     def _begin(self, gateway: _Gateway, message: Start) -> None:
         theirs = message.request.seq_id
@@ -135,22 +168,24 @@ class ReplicaHost:
     # ------------------------------------------------------------------ what Serve asks
 
     def check_health(self) -> None:
-        """Raises when the process has ended or hangs; Serve then starts another replica."""
-        replica = self._replica
-        if replica.ended.is_set():
-            raise ReplicaDiedError(replica.end_reason)
-        silent_s = time.monotonic() - replica.last_step_s
-        if replica.num_streams and silent_s > self._group.stall_s:
-            raise ReplicaDiedError(f"holds {replica.num_streams} sequences and has ended no step for {silent_s:.0f} s")
+        """Raises when the process has ended; Serve then starts another replica."""
+        if self._replica.ended.is_set():
+            raise ReplicaDiedError(self._replica.end_reason)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What `ScalingPolicy` goes by."""
         return {"sequences": float(self._replica.num_streams), "missed_share": self._latencies.missed_share()}
 
     async def _end_with_replica(self) -> None:
-        """Ends the actor when its process has ended: Serve notices at once and starts another."""
-        await self._replica.ended.wait()
-        log.error("%s: %s", self._group.app, self._replica.end_reason)
+        """Ends the actor when its process has ended or hangs: Serve notices at once and starts another."""
+        replica = self._replica
+        while not replica.ended.is_set() and time.monotonic() - replica.last_message_s < _HUNG_S:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(replica.ended.wait(), ALIVE_S / 2)
+        if not replica.ended.is_set():
+            log.error("%s: its process has been silent for %.0f s and is ended", self._group.app, _HUNG_S)
+            await replica.kill()
+        log.error("%s: %s", self._group.app, replica.end_reason)
         await asyncio.sleep(_LAST_WORDS_S)
         os._exit(1)
 
@@ -167,6 +202,9 @@ class _Gateway:
         self.streams: dict[int, SequenceStream] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.outputs: list[SequenceOutput] = []
+        self.wants_blocks = False
+        self._changes: list[BlocksChanged] = []
+        self._told_s = 0.0
         self._is_stopping = False
         self._event = asyncio.Event()
 
@@ -179,9 +217,21 @@ class _Gateway:
         self.outputs.append(output)
         self._event.set()
 
-    def take(self) -> list[SequenceOutput]:
-        outputs, self.outputs = self.outputs, []
-        return outputs
+    def take(self, replica: Replica) -> list[ToGateway]:
+        """What there is to tell: blocks before the outputs that they came with, else that the process lives."""
+        messages: list[ToGateway] = list(self._changes)
+        self._changes.clear()
+        if self.outputs or replica.last_step_s > self._told_s:
+            messages.append(StepDone(self.outputs, replica.stats))
+            self.outputs, self._told_s = [], replica.last_step_s
+        elif not messages and time.monotonic() - replica.last_message_s < _HUNG_S / 2:
+            messages.append(Alive())
+        return messages
+
+    def tell_blocks(self, stored: bytes, evicted: bytes) -> None:
+        if stored or evicted:
+            self._changes.append(BlocksChanged(stored, evicted))
+            self._event.set()
 
     async def wait(self, at_most_s: float) -> None:
         """Returns when there is something to do, or the time is up."""
