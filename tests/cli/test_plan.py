@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,53 @@ def test_a_plan_compared_with_itself_moves_nothing(mxn: Mxn, tmp_path: Path) -> 
 def test_the_schema_is_printed_for_editors(mxn: Mxn) -> None:
     schema = json.loads(mxn("config", "schema").out)
     assert {"cluster", "policy", "deployments"} <= set(schema["properties"])
+
+
+def test_the_page_holds_the_matrix_and_needs_nothing_else(mxn: Mxn, tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    assert mxn("plan", str(EXAMPLES / "mixed.yaml"), "--html", str(page)).code == 0
+    text = page.read_text()
+    parser = _Cells()
+    parser.feed(text)
+    assert len(parser.rows) == 3
+    assert all(len(cells) == 3 for cells in parser.rows)
+    assert "needs up to" in parser.rows[0][0]  # the refusal stands where the figure would
+    assert not re.search(r"(src|href)=|https?://|@import|url\(", text)
+    assert mxn("plan", str(EXAMPLES / "mixed.yaml"), "--html", str(tmp_path / "no" / "plan.html")).code == 2
+
+
+def test_names_in_a_page_are_text(mxn: Mxn, tmp_path: Path) -> None:
+    path, page = tmp_path / "<b>.yaml", tmp_path / "plan.html"
+    path.write_text((EXAMPLES / "single-cpu.yaml").read_text())
+    assert mxn("plan", str(path), "--html", str(page)).code == 0
+    assert "&lt;b&gt;" in page.read_text()
+    assert "<b>.yaml" not in page.read_text()
+
+
+class _Cells(HTMLParser):
+    """The text of the cells of the first table, row by row, without those of the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self._depth = self._tables = 0
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self._tables += tag == "table"
+        if self._tables != 1:
+            return
+        if tag == "tr":
+            self.rows.append([])
+        elif tag == "td":
+            self.rows[-1].append("")
+            self._depth = 1
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "td":
+            self._depth = 0
+        if tag == "table" and self._tables == 1:
+            self.rows = [row for row in self.rows if row]
+
+    def handle_data(self, data: str) -> None:
+        if self._depth and self._tables == 1:
+            self.rows[-1][-1] += data

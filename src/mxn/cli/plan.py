@@ -15,6 +15,7 @@ def plan(
     explain: Annotated[
         bool, typer.Option("--explain", help="Say the runner-up and the reason for every refusal.")
     ] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with the matrix.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     what_if: Annotated[
         str, typer.Option("--what-if", metavar="CHIPS", help='Chips to add and take away: "+2 mi300x,-1 h100-sxm".')
@@ -32,6 +33,10 @@ def plan(
 
     checked = load_deployments(file)
     made = make_plan(checked, what_if=what_if)
+    if html is not None:
+        from mxn.cli.plan_page import plan_page
+
+        _write_page(html, plan_page(made, title=f"Plan of {file.name}"))
     if json_output:
         show_json(made)
     else:
@@ -42,3 +47,12 @@ def plan(
             typer.echo("warning: not everything is served, and policy.fallback is warn", err=True)
             return
         raise typer.Exit(EXIT_INFEASIBLE)
+
+
+def _write_page(path: Path, page: str) -> None:
+    from mxn.errors import ConfigError
+
+    try:
+        path.write_text(page)
+    except OSError as error:
+        raise ConfigError(f"--html: {path} cannot be written: {error}") from error
