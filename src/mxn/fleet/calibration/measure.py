@@ -44,7 +44,7 @@ _IDLE_S = 2.0
 
 
 @dataclass(slots=True)
-class _Samples:
+class Samples:
     """Seconds of one point, over all rounds, and the context they were taken at."""
 
     seconds: list[float]
@@ -52,29 +52,46 @@ class _Samples:
     watts: list[float]
 
 
-class _Measurement:
-    """One replica under measurement."""
+class Measurement:
+    """What was timed on one replica. seconds of prefill by tokens, and of decode by (batch, context) that was aimed at.
+
+    together: seconds from the submission of several prompts to the last one's first token, by (prompts, tokens).
+    """
 
     def __init__(self, replica: RunningReplica, info: ReplicaInfo, reader: PowerReader) -> None:
         self._replica, self._info, self._reader = replica, info, reader
         self._seq_ids = itertools.count(1)
         self._dice = random.Random(0)
         self.prefill: dict[int, list[float]] = {}
-        self.decode: dict[tuple[int, int], _Samples] = {}
+        self.decode: dict[tuple[int, int], Samples] = {}
+        self.together: dict[tuple[int, int], list[float]] = {}
+
+    async def visit(self, prompts: Sequence[int], contexts: Sequence[int], batches: Sequence[int]) -> None:
+        """One round over all points that there is room for. batches: largest first."""
+        cache_tokens = self._info.num_blocks * self._info.block_size or self._info.max_context
+        for tokens in prompts:
+            if tokens + 1 < self._info.max_context:
+                await self.prompt_alone(tokens)
+        for context in contexts:
+            fitting = [batch for batch in batches if batch * (context + _ROOM) <= cache_tokens]
+            if fitting and context + _ROOM < self._info.max_context:
+                await self.decode_together(context, fitting)
 
     async def prompt_alone(self, num_tokens: int) -> None:
+        """Times one prompt."""
         start_s = time.monotonic()
         await self._first_token(self._submit(num_tokens, 1))
         self.prefill.setdefault(num_tokens, []).append(time.monotonic() - start_s)
 
     async def decode_together(self, context: int, batches: Sequence[int]) -> None:
         """Starts the largest batch and ends sequences until the smallest is left, timing each batch on the way."""
-        room = self._info.max_context - context - 1
+        room, start_s = self._info.max_context - context - 1, time.monotonic()
         streams = [self._submit(context, room) for _ in range(batches[0])]
         tokens = [_Tokens(stream) for stream in streams]
         tasks = [asyncio.create_task(one.collect()) for one in tokens]
         try:
             await asyncio.gather(*(one.wait_for(1, task) for one, task in zip(tokens, tasks, strict=True)))
+            self.together.setdefault((len(streams), context), []).append(time.monotonic() - start_s)
             for batch in batches:
                 for one in tokens[batch:]:
                     one.stream.abort()
@@ -91,7 +108,7 @@ class _Measurement:
         await first.wait_for(begin + 1 + GAPS, task)
         watts = _watts(before, self._reader.read())
         times = first.times_s[begin : begin + 1 + GAPS]
-        samples = self.decode.setdefault((len(alive), context), _Samples([], [], []))
+        samples = self.decode.setdefault((len(alive), context), Samples([], [], []))
         samples.seconds += [later - earlier for earlier, later in itertools.pairwise(times)]
         samples.contexts.append(context + statistics.mean(lengths) + GAPS / 2)
         if watts is not None:
@@ -160,35 +177,24 @@ async def measure_cell(
     try:
         begin_s = time.monotonic()
         idle_w = await _mean_watts(reader, asyncio.sleep(_IDLE_S))
-        measurement = _Measurement(replica, info, reader)
+        measurement = Measurement(replica, info, reader)
         batches = [batch for batch in BATCHES if batch <= settings.max_num_seqs]
         await measurement.prompt_alone(PREFILL_TOKENS[0])  # the first one meets cold caches
         measurement.prefill.clear()
         for number in range(1, ROUNDS + 1):
             start_s = time.monotonic()
-            await _round(measurement, info, batches)
+            await measurement.visit(PREFILL_TOKENS, DECODE_CONTEXTS, batches)
             seconds = time.monotonic() - start_s
             on_round(number, seconds)
             if time.monotonic() - begin_s + 1.1 * seconds > budget_s:
                 break
-        return _profile(measurement, info, backend, chip, model, settings, reader, idle_w, rates)
+        return profile_of(measurement, info, backend, chip, model, settings, reader, idle_w, rates)
     finally:
         reader.close()
 
 
-async def _round(measurement: _Measurement, info: ReplicaInfo, batches: Sequence[int]) -> None:
-    cache_tokens = info.num_blocks * info.block_size or info.max_context
-    for tokens in PREFILL_TOKENS:
-        if tokens + 1 < info.max_context:
-            await measurement.prompt_alone(tokens)
-    for context in DECODE_CONTEXTS:
-        fitting = [batch for batch in batches if batch * (context + _ROOM) <= cache_tokens]
-        if fitting and context + _ROOM < info.max_context:
-            await measurement.decode_together(context, fitting)
-
-
-def _profile(
-    measurement: _Measurement,
+def profile_of(
+    measurement: Measurement,
     info: ReplicaInfo,
     backend: Backend,
     chip: Chip,
@@ -198,6 +204,7 @@ def _profile(
     idle_w: float | None,
     rates: ChipRates | None,
 ) -> Profile:
+    """The profile that a measurement amounts to."""
     card = find_chip_card(load_chip_cards(), chip.name)
     tokens = info.num_blocks * info.block_size
     elements = model.spec.kv_bytes_per_token(1.0)

@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import cast
 
 from mxn.backends.registry import load_backend
 from mxn.backends.survey import physical_chips, survey
 from mxn.core.chip import Chip
-from mxn.core.model import LoadSettings, Model
+from mxn.core.model import LoadSettings, Model, QuantisationName
 from mxn.engine.messages import Load
 from mxn.errors import BackendError, MxnError
 from mxn.fleet.calibration.measure import CALIBRATION, measure_cell
@@ -19,6 +20,7 @@ from mxn.fleet.calibration.rates import measure_rates
 from mxn.fleet.launchers.local import LocalLauncher
 
 _STOP_S = 10.0
+_CACHE_TOKENS = 2048
 
 
 def calibrate_cells(
@@ -53,12 +55,20 @@ def calibrate_cells(
             for model in models:
                 for quantisation in quantisations:
                     cell = f"{model.name} through {name} as {quantisation}"
-                    settings = replace(CALIBRATION, quantisation=quantisation)  # type: ignore[arg-type]
+                    settings = calibration_settings(model, chip, quantisation)
                     try:
                         found.append(asyncio.run(_measure(name, chip, model, settings, rates, budget_s, cell, on_line)))
                     except MxnError as error:
                         on_line(f"{cell}: left out: {error}")
     return found
+
+
+def calibration_settings(model: Model, chip: Chip, quantisation: str) -> LoadSettings:
+    """How a cell is loaded to be measured: with a cache for all sequences at every context, if a quarter of the memory
+    holds it."""
+    wanted = CALIBRATION.max_num_seqs * _CACHE_TOKENS * model.spec.kv_bytes_per_token(4.0)
+    kv_bytes = int(min(wanted, chip.memory_bytes / 4))
+    return replace(CALIBRATION, quantisation=cast(QuantisationName, quantisation), kv_bytes=kv_bytes)
 
 
 async def _measure(
