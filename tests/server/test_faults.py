@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from mxn.core.request import FinishReason, SequenceOutput, TokenLogprob
+from mxn.fleet.deployment import Deployment
 from mxn.fleet.spec import DeploymentSpec
 from mxn.server.settings import ServerSettings
 
@@ -74,20 +75,69 @@ def test_limits_of_the_gateway_name_their_settings(start_server: Start, fake_dep
             assert server.http.get(path).status_code == 200
 
 
+def text_of(events: list[str]) -> str:
+    """The text of a completion's events."""
+    chunks = [json.loads(event) for event in events if event != "[DONE]"]
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+
+
+def kill_holder(deployment: Deployment) -> None:
+    """Kills the only replica that runs something."""
+    [pid] = [k.replica.info.pid for k in deployment.keepers if k.replica and k.replica.info and k.replica.num_streams]
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_a_stream_survives_its_replica_with_the_same_bytes_and_usage(
+    start_server: Start, fake_deployment: Make, num_replicas: int
+) -> None:
+    server = start_server(fake_deployment(options={"step_ms": 5}, num_replicas=num_replicas))
+    asked = body(stream=True, temperature=0, stream_options={"include_usage": True}, logprobs=1)
+    server.post(COMPLETIONS, asked)  # from here on its first blocks are cached
+    whole = server.post(COMPLETIONS, asked).text.split("\n\n")
+    with server.http.stream("POST", COMPLETIONS, json=asked) as answer:
+        lines = answer.iter_lines()
+        events = [line for _, line in zip(range(20), lines, strict=False)]
+        kill_holder(server.deployment())
+        events += lines
+    events = [line.removeprefix("data: ") for line in events if line]
+    expected = [event.removeprefix("data: ") for event in whole if event]
+    assert events[-1] == expected[-1] == "[DONE]"
+    assert text_of(events) == text_of(expected)
+    assert json.loads(events[-2])["usage"] == json.loads(expected[-2])["usage"]
+    server.wait_for(lambda: server.deployment().num_restarts == 1 and server.deployment().is_ready)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"seed": 3}, {}])
+def test_a_whole_answer_survives_its_replica(
+    start_server: Start, fake_deployment: Make, sampling: dict[str, Any]
+) -> None:
+    server = start_server(fake_deployment(options={"step_ms": 5}, num_replicas=2))
+    answers: list[httpx.Response] = []
+    asking = threading.Thread(target=lambda: answers.append(server.post(COMPLETIONS, body(**sampling))))
+    asking.start()
+    server.wait_for(lambda: server.deployment().stats.num_output_tokens > 3)
+    kill_holder(server.deployment())
+    asking.join(10)
+    [answer] = answers
+    assert answer.status_code == 200
+    assert answer.json()["usage"]["completion_tokens"] == 100
+    if sampling:
+        assert answer.json()["choices"] == server.post(COMPLETIONS, body(**sampling)).json()["choices"]
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_killed_replica_ends_requests_with_an_error_and_comes_back(
+def test_a_replica_that_dies_for_good_ends_its_requests_with_an_error(
     start_server: Start, fake_deployment: Make, stream: bool
 ) -> None:
-    server = start_server(fake_deployment(options={"step_ms": 10}))
+    server = start_server(fake_deployment(options={"step_ms": 10}, restart_delays_s=()))
     deployment = server.deployment()
-    assert deployment.info is not None
-    pid = deployment.info.pid
     if stream:
         with server.http.stream("POST", COMPLETIONS, json=body(stream=True)) as answer:
             assert answer.status_code == 200
             lines = answer.iter_lines()
             next(lines)  # from here on the answer has begun
-            os.kill(pid, signal.SIGKILL)
+            kill_holder(deployment)
             events = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
         assert json.loads(events[-1])["error"]["code"] == "replica_died"
     else:
@@ -95,15 +145,14 @@ def test_a_killed_replica_ends_requests_with_an_error_and_comes_back(
         asking = threading.Thread(target=lambda: answers.append(server.post(COMPLETIONS, body())))
         asking.start()
         server.wait_for(lambda: deployment.stats.num_output_tokens > 3)
-        os.kill(pid, signal.SIGKILL)
+        kill_holder(deployment)
         asking.join(10)
         [refused] = answers
         assert refused.status_code == 503
         assert refused.headers["retry-after"] == "1"
         assert server.get_error(refused)["code"] == "replica_died"
-    server.wait_for(lambda: deployment.num_restarts == 1 and deployment.is_ready)
-    assert server.post(COMPLETIONS, body(max_tokens=3)).status_code == 200
     assert 'outcome="failed"} 1.0' in server.http.get("/metrics").text
+    assert server.post(COMPLETIONS, body(max_tokens=3)).status_code == 503
 
 
 def test_a_deployment_that_is_not_ready_is_answered_with_503_and_its_state(
@@ -141,21 +190,17 @@ def test_reasons_are_for_those_with_the_key(start_server: Start, fake_deployment
     assert "secret reason" not in bare.text
 
 
-def test_a_stalled_replica_is_not_ready(start_server: Start, fake_deployment: Make) -> None:
-    server = start_server(fake_deployment(options={"hang_after": 3}, stall_s=0.3))
-
-    def ask() -> None:
-        with pytest.raises(httpx.ReadTimeout):
-            server.post(COMPLETIONS, body(), timeout=1)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    server.wait_for(lambda: server.http.get("/readyz").status_code == 503)
-    assert server.http.get("/readyz").json()["status"] == "stalled"
+def test_a_hung_replica_is_ended_and_its_requests_told_when_all_hang(
+    start_server: Start, fake_deployment: Make
+) -> None:
+    server = start_server(fake_deployment(options={"hang_after": 3}, stall_s=0.3, max_step_tokens=8))
+    refused = server.post(COMPLETIONS, body())  # hangs within its prompt, twice
+    assert refused.status_code == 503
+    assert server.get_error(refused)["code"] == "replica_died"
+    assert server.deployment().num_restarts >= 1
     assert server.http.get("/livez").status_code == 200
-    assert server.post(COMPLETIONS, body()).status_code == 503
-    asking.join(5)
     server.wait_for(lambda: not server.gateway.num_active)
+    server.wait_for(lambda: server.http.get("/readyz").status_code == 200)
 
 
 @pytest.mark.parametrize("stream", [True, False])

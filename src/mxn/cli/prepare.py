@@ -7,21 +7,13 @@ from dataclasses import dataclass, replace
 
 from pydantic import ValidationError
 
-from mxn.backends.base import Backend, Support
-from mxn.backends.registry import installed_backends, load_backend
-from mxn.backends.survey import survey
+from mxn.backends.base import Backend
 from mxn.config.deployments import DeploymentConfig
 from mxn.core.chip import Chip
-from mxn.core.model import LoadSettings, ModelSpec
 from mxn.energy.reader import PowerReader
-from mxn.errors import BackendError, ConfigError
+from mxn.errors import ConfigError
+from mxn.fleet.choice import choose
 from mxn.fleet.spec import DeploymentSpec
-
-PREFERENCE = ("cuda", "rocm", "cpu", "onnx")
-"""Backends that "auto" tries first, in this order; others follow by name."""
-
-BY_NAME_ONLY = ("fake", "server")
-"""Backends that nothing chooses by itself: one makes tokens up, the other needs to be told what to start."""
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -46,18 +38,21 @@ def prepare(config: DeploymentConfig, progress: Callable[[str, float, str], None
 
     model = fetch(config.model, progress=files_progress(progress))
     settings = config.load_settings()
-    backend, chip, why = choose(config.backend, model.spec, settings)
+    choice = choose(config.backend, model.spec, settings)
     name = config.name or model.name
     spec = DeploymentSpec.single(
         name=name,
         model=replace(model, name=name),
-        backend=backend.name,
-        chips=[chip],
+        backend=choice.backend.name,
+        chips=[choice.chip],
         settings=settings,
         max_queue=config.max_queue or max_queue,
+        max_wait_s=config.max_wait_s,
+        ttft_slo_s=None if config.slo.ttft_ms is None else config.slo.ttft_ms / 1e3,
         stall_s=config.stall_s,
     )
-    return Prepared(spec=spec, backend=backend, chip=chip, power=backend.power(chip), why=why)
+    power = choice.backend.power(choice.chip)
+    return Prepared(spec=spec, backend=choice.backend, chip=choice.chip, power=power, why=choice.why)
 
 
 def files_progress(progress: Callable[[str, float, str], None]) -> Callable[[str, float, str], None]:
@@ -90,63 +85,3 @@ def backend_options(given: Sequence[str] | None) -> dict[str, str] | None:
             raise ConfigError(f"--option: expected NAME=VALUE, got {text!r}")
         options[name] = value
     return options or None
-
-
-def choose(name: str, model: ModelSpec, settings: LoadSettings) -> tuple[Backend, Chip, str]:
-    """The backend of that name, or for "auto" the first active one that runs the model so, with its first such chip.
-
-    Raises: BackendError with the reason of every refusal.
-    """
-    if name != "auto":
-        names = [name]
-    else:
-        known = [n for n in installed_backends() if n not in BY_NAME_ONLY]
-        names = sorted(known, key=lambda n: (PREFERENCE.index(n) if n in PREFERENCE else len(PREFERENCE), n))
-    refusals: list[str] = []
-    entries = installed_backends()
-    for candidate in names:
-        if candidate in entries and entries[candidate].distribution != "mxn":
-            probe = survey([candidate])[candidate].probe  # another's code may hang or die: not in this process
-            if probe.state != "active":
-                refusals.append(f"{candidate} is {probe.state}: {probe.reason}")
-                continue
-        try:
-            backend = load_backend(candidate)
-        except BackendError as error:
-            if name != "auto":
-                raise
-            refusals.append(str(error))
-            continue
-        probe = backend.probe()
-        if probe.state != "active":
-            refusals.append(f"{candidate} is {probe.state}: {probe.reason}")
-            continue
-        for chip in backend.chips():
-            tasks = backend.capabilities(chip).tasks
-            if model.task not in tasks:
-                refusals.append(f"{candidate} loads models that {' or '.join(tasks)}; this one is to {model.task}")
-                continue
-            support = backend.supports(model, chip)
-            if support.verdict == "no":
-                refusals.append(f"{candidate} on {chip.uid} cannot run it: {'; '.join(support.reasons)}")
-                continue
-            unmet = _unmet(support, settings)
-            if unmet is not None:
-                refusals.append(f"{candidate} on {chip.uid} {unmet}")
-                continue
-            why = "as asked" if name != "auto" else "first active backend that runs the model"
-            if support.verdict == "degraded":
-                why += f"; degraded: {'; '.join(support.reasons)}"
-            return backend, chip, why + "".join(f"; {refusal}" for refusal in refusals)
-    raise BackendError(f"no backend can run this {model.architecture} model:\n" + "\n".join(f"- {r}" for r in refusals))
-
-
-def _unmet(support: Support, settings: LoadSettings) -> str | None:
-    """Which setting the backend cannot meet with this model, found before a replica is started for it."""
-    offered = support.quantisations
-    if offered and settings.quantisation not in ("auto", *offered):
-        return f"does not offer quantisation {settings.quantisation}; available: {', '.join(('auto', *offered))}"
-    wanted, limit = settings.context_length, support.max_context
-    if wanted is not None and limit is not None and wanted > limit:
-        return f"cannot hold a context of {wanted:,} tokens; the model's limit is {limit:,}"
-    return None

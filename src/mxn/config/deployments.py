@@ -71,10 +71,18 @@ class DeploymentConfig(Checked):
     """Name of an attention backend."""
     max_queue: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Requests that may wait; the server's when left out."""
+    max_wait_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
+    """Seconds that a request may wait in line for a replica; then it gets 429, or 503 when none is ready."""
     options: Annotated[dict[OptionName, str | int | float | bool], Field(default_factory=dict)]
     """Settings that only the chosen backend knows, by name."""
     stall_s: Annotated[float, Field(gt=0, le=86_400)] = 60.0
-    """Seconds without a step, with work at hand, after which a replica is not ready any more."""
+    """Seconds without the end of a step, with work at hand, after which a replica is ended and started again."""
+    chip_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Part of its chip's memory, and of its energy, that a replica gets beside others; even parts when left out."""
+    keep_loaded: bool = True
+    """false: loaded when it is first asked for, and unloaded when another model needs its room."""
+    idle_unload_s: Seconds | None = None
+    """Seconds without a request after which it is unloaded, to be loaded again when it is asked for."""
 
     load: LoadConfig | None = None
     """Requests to plan for."""

@@ -147,6 +147,7 @@ class Keeper:
             replica.info.add_launch(time.monotonic() - started_s)
         log.info("%s is ready after %.1f s", self.id, time.monotonic() - started_s)
         self._has_been_ready = True
+        self._silent_s = self._stepless_s = 0.0
         if self.state == "loading":  # not when it is to end already
             self._set_state("ready", "")
         hang = await self._watch(replica)
@@ -161,7 +162,7 @@ class Keeper:
 
         Silence is added up from this loop's own ticks, so time in which this process did not run hardly counts.
         """
-        self._silent_s = self._stepless_s = 0.0
+        was_stalled = False
         heard_s, stepped_s, looked_s = replica.last_message_s, replica.last_step_s, time.monotonic()
         while not replica.ended.is_set():
             with suppress(TimeoutError):
@@ -176,6 +177,9 @@ class Keeper:
                 stepped_s, self._stepless_s = replica.last_step_s, 0.0
             else:
                 self._stepless_s += tick_s
+            if self.is_stalled != was_stalled:
+                was_stalled = self.is_stalled
+                self._on_change()
             if self._silent_s >= SILENCE_S:
                 return f"the replica hangs: it said nothing for {self._silent_s:.0f} s"
             if self._stepless_s >= self._spec.stall_s:
