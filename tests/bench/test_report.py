@@ -1,11 +1,11 @@
 from dataclasses import replace
 
 from mxn.bench.metrics import Spread
-from mxn.bench.report import cells, comparison, matrix, to_markdown
+from mxn.bench.report import cells, compared_groups, comparison, matrix, to_markdown
 from mxn.bench.workloads import WORKLOADS
 from mxn.core.quantity import Provenance
 
-from .made import record, subject
+from .made import record, report, subject
 
 
 def test_cell_shows_the_fastest_batch_that_is_a_result() -> None:
@@ -65,3 +65,15 @@ def test_record_with_a_fault_is_marked_in_every_table() -> None:
     assert "NO RESULT" in text
     assert "FAULT" in text
     assert "the server died" in text
+
+
+def test_sides_of_one_run_are_compared_whatever_they_call_the_model() -> None:
+    both = (record(), record((200.0, 220.0, 180.0), of=subject("peer", model="m")))
+    in_turns = report(*both)
+    ((title, group),) = compared_groups([in_turns])
+    assert title == "tiny, m"
+    grid = comparison(group)
+    assert "x2.00" in grid.rows[1][4]
+    assert any("The sides call their models tiny, m" in note for note in grid.notes)
+    assert [name for name, _ in compared_groups([replace(in_turns, took_turns=False)])] == ["tiny", "m"]
+    assert [name for name, _ in compared_groups([in_turns, in_turns])] == ["tiny", "m"]

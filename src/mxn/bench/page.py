@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from mxn.bench.records import ALL, Manifest, Record, Report, Skipped
-from mxn.bench.report import Cell, Grid, cells, comparison, details, figure, matrix, number_text
+from mxn.bench.report import Cell, Grid, cells, compared_groups, comparison, details, figure, matrix, number_text
 from mxn.bench.svg import Series, chart
 from mxn.core.quantity import Provenance, Quantity
 
@@ -51,9 +51,9 @@ def page(reports: Sequence[Report], *, title: str = "Tokens per watt") -> str:
         "<h2>Workloads</h2>",
     ]
     took_turns = len(reports) == 1 and reports[0].took_turns
-    for model in dict.fromkeys(record.subject.model for record in records):
-        grid = comparison([record for record in records if record.subject.model == model], took_turns=took_turns)
-        body += [f"<h3>{escape(model)}</h3>", _table(grid), *_notes(grid.notes)]
+    for models, group in compared_groups(reports):
+        grid = comparison(group, took_turns=took_turns)
+        body += [f"<h3>{escape(models)}</h3>", _table(grid), *_notes(grid.notes)]
     body += ["<h2>Details</h2>", _table(details(records)), *_notes(_idle_notes(records))]
     body += ["<h2>What the words mean</h2>", _pairs(_DEFINITIONS)]
     for report in reports:

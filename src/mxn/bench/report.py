@@ -126,7 +126,7 @@ def comparison(records: Sequence[Record], *, took_turns: bool = True) -> Grid:
             text = spread_text(record.headline) + (" FAULT" if record.faults else "")
             ratio = ratio_text(first, record, is_paired=took_turns) if first and label != labels[0] else "-"
             rows.append((name, figure_name, label, text, ratio))
-    notes = ["Median [lowest, highest] of the repetitions.", *_warning_notes(records)]
+    notes = ["Median [lowest, highest] of the repetitions.", *_warning_notes(records), *_other_models(records)]
     if len(labels) > 1:
         how = "over paired repetitions" if took_turns else "of runs made one after another, not in turns"
         notes.append(f"x: how many times better than {labels[0]}, with its 95 % interval {how}.")
@@ -187,6 +187,12 @@ def _fault_notes(records: Sequence[Record]) -> tuple[str, ...]:
     return (*faults, *gates)
 
 
+def _other_models(records: Sequence[Record]) -> list[str]:
+    """What to say when the sides of a run go by several names of the model."""
+    models = list(dict.fromkeys(record.subject.model for record in records))
+    return [f"The sides call their models {', '.join(models)}; are they the same?"] if len(models) > 1 else []
+
+
 def _mismatch_notes(records: Sequence[Record]) -> tuple[str, ...]:
     """Why rows of one table are not like for like."""
     if not records:
@@ -237,17 +243,24 @@ def to_markdown(grid: Grid) -> str:
 
 def grids_of(report: Report) -> list[Grid]:
     """Every table of a report: the matrix, the workloads of each model, details, cells that were skipped."""
-    models = dict.fromkeys(r.subject.model for r in report.records)
-    by_model = [[r for r in report.records if r.subject.model == model] for model in models]
-    found = [
-        matrix(report.records),
-        *(comparison(records, took_turns=report.took_turns) for records in by_model),
-        details(report.records),
-    ]
+    groups = compared_groups([report])
+    compared = [comparison(records, took_turns=report.took_turns) for _, records in groups]
+    found = [matrix(report.records), *compared, details(report.records)]
     if report.skipped:
         rows = tuple((s.model, s.backend, s.quantisation, s.reason) for s in report.skipped)
         found.append(Grid(title="Skipped", columns=("Model", "Backend", "Quantisation", "Why"), rows=rows))
     return found
+
+
+def compared_groups(reports: Sequence[Report]) -> list[tuple[str, list[Record]]]:
+    """(title, records) of what one table may compare: all sides of a run in turns, whatever they call the model, since
+    they got the same prompts; else those of each model.
+    """
+    records = [record for report in reports for record in report.records]
+    models = list(dict.fromkeys(record.subject.model for record in records))
+    if len(reports) == 1 and reports[0].took_turns:
+        return [(", ".join(models), records)] if records else []
+    return [(model, [record for record in records if record.subject.model == model]) for model in models]
 
 
 def report_markdown(report: Report) -> str:
