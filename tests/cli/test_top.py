@@ -38,7 +38,14 @@ def status(now_s: float, *replicas: dict[str, Any]) -> dict[str, Any]:
     for one in replicas:
         for key, value in (one["stats"] or {}).items():
             stats[key] = stats.get(key, 0) + (value or 0)
-    deployment = {"model": "llama", "state": "ready", "is_ready": True, "is_stalled": False, "reason": ""}
+    deployment = {
+        "model": "llama",
+        "state": "ready",
+        "is_ready": True,
+        "is_stalled": False,
+        "trouble": "",
+        "num_waiting": 5,
+    }
     gateway = {"version": "1", "now_s": now_s, "is_draining": False, "num_active_requests": 3}
     deployments = [{**deployment, "replicas": list(replicas), "stats": stats}]
     return {"gateway": gateway, "deployments": deployments, "chips": list(chips.values())}
@@ -76,7 +83,7 @@ def test_top_shows_tokens_watts_and_tokens_per_watt_of_all_and_each(width: int) 
     assert "watts 600" in lines[1]
     assert "tokens/W 2.50" in lines[1]
     [total] = [line for line in lines if line.startswith("llama ")]
-    assert total.split()[-6:] == ["4", "2", "25", "1,500", "600", "2.50"]
+    assert total.split()[-6:] == ["4", "7", "25", "1,500", "600", "2.50"]
     [first] = [line for line in lines if line.startswith("  llama/0")]
     assert first.split()[-6:] == ["2", "1", "25", "1,000", "500", "2.00"]
     [chip] = [line for line in lines if line.startswith("gpu-1")]

@@ -48,7 +48,10 @@ def _print(
         count = (
             f", {sum(r['is_ready'] for r in replicas)} of {len(replicas)} replicas ready" if len(replicas) > 1 else ""
         )
-        console.print(f"\n[bold]{deployment['model']}[/]: {_state(deployment)}{count}", soft_wrap=True)
+        line = f", {deployment['num_waiting']} in line" if deployment["num_waiting"] else ""
+        console.print(f"\n[bold]{deployment['model']}[/]: {_state(deployment)}{count}{line}", soft_wrap=True)
+        if deployment["trouble"]:
+            console.print(f"  degraded: {deployment['trouble']}", style="yellow", markup=False, soft_wrap=True)
         if is_detailed:
             _print_details(console, deployment)
         else:
@@ -117,7 +120,7 @@ def _lines(deployment: Mapping[str, Any], replica: Mapping[str, Any]) -> list[tu
 
     names = {chip["uid"]: chip["name"] for chip in deployment["chips"]}
     chips = ", ".join(f"{uid} ({names[uid]})" for uid in replica["chips"])
-    lines = [("backend", f"{replica['backend']} on {chips}")]
+    lines = [("backend", f"{replica['backend']} on {chips}" + (f": {replica['why']}" if replica["why"] else ""))]
     info, stats = replica["info"], replica["stats"]
     if info is None or stats is None:
         return lines

@@ -155,14 +155,14 @@ class View:
                     _coloured(state, deployment),
                     *(("", "") if is_wide else ()),
                     "",
-                    *_figures(deployment["stats"], rate, deployment.get("num_waiting", 0)),
+                    *_figures(deployment["stats"], rate, deployment["num_waiting"]),
                 )
             for replica in rows:
                 label = f"[bold]{deployment['model']}[/]" if len(rows) == 1 else f"  {replica['id']}"
                 info = replica["info"] or {}
                 more = (replica["backend"], info.get("quantisation", "-")) if is_wide else ()
                 chips = "+".join(replica["chips"])
-                queued = deployment.get("num_waiting", 0) if len(rows) == 1 else 0
+                queued = deployment["num_waiting"] if len(rows) == 1 else 0
                 figures = _figures(replica["stats"], self._rates.of(replica["id"]), queued)
                 table.add_row(label, _coloured(state_text(replica), replica), *more, chips, *figures)
         return table
@@ -194,21 +194,23 @@ class View:
         return table
 
     def _reasons(self) -> list[RenderableType]:
-        """Why replicas are not ready, a line each."""
+        """Why replicas are not ready, and what deployments lack; a line each."""
         from rich.text import Text
 
-        return [
-            Text(f"{replica['id']}: {replica['reason']}", style="red", no_wrap=True, overflow="ellipsis")
-            for deployment in self._status["deployments"]
-            for replica in deployment["replicas"]
-            if replica["reason"]
-        ]
+        texts = []
+        for deployment in self._status["deployments"]:
+            texts += [
+                f"{replica['id']}: {replica['reason']}" for replica in deployment["replicas"] if replica["reason"]
+            ]
+            if deployment["trouble"]:
+                texts.append(f"{deployment['model']}: {deployment['trouble']}")
+        return [Text(text, style="red", no_wrap=True, overflow="ellipsis") for text in texts]
 
     def _num_rows(self) -> int:
         return sum(len(d["replicas"]) + (len(d["replicas"]) != 1) for d in self._status["deployments"])
 
     def _num_waiting(self) -> int:
-        return sum(d["stats"]["num_waiting"] + d.get("num_waiting", 0) for d in self._status["deployments"])
+        return sum(d["stats"]["num_waiting"] + d["num_waiting"] for d in self._status["deployments"])
 
     def _total(self) -> Rate:
         return Rate.total(self._rates.of(r["id"]) for d in self._status["deployments"] for r in d["replicas"])

@@ -4,7 +4,7 @@
 |------------------|----------------------------------------------------------|--------------------------------|
 | MXN_CACHE_DIR    | downloaded and converted models, built kernels           | $XDG_CACHE_HOME/mxn, ~/.cache/mxn |
 | MXN_DATA_DIR     | measured profiles, benchmark records                     | $XDG_DATA_HOME/mxn, ~/.local/share/mxn |
-| MXN_RUNTIME_DIR  | sockets and state of running servers                     | $XDG_RUNTIME_DIR/mxn, `run` in the cache |
+| MXN_RUNTIME_DIR  | sockets and state of running servers                     | $XDG_RUNTIME_DIR/mxn, run in the cache |
 | MXN_CONFIG_DIR   | own model and chip cards (`models/`, `chips/`)           | $XDG_CONFIG_HOME/mxn, ~/.config/mxn |
 | MXN_API_KEY      | keys that clients must send, separated by commas         | none |
 | MXN_OFFLINE      | 1: never touch the network (HF_HUB_OFFLINE is read too)  | 0 |

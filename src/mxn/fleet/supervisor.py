@@ -105,6 +105,11 @@ class Supervisor:
         return next((deployment for deployment in reversed(line) if deployment.is_ready), line[-1])
 
     @property
+    def lost(self) -> frozenset[str]:
+        """Chips that were lost; they are cordoned too."""
+        return frozenset(self._lost)
+
+    @property
     def members(self) -> list[Member]:
         """All replicas that are there, on their way in or out."""
         return list(self._members.values())

@@ -1,7 +1,7 @@
 """Gauges and counters of deployments, replicas and chips, read from the fleet when Prometheus asks.
 
 Labels: model, replica (a placement's id, the same across restarts), chip, state, phase of a start. A fleet of D
-deployments and R replicas makes at most 10 D + 33 R series here, whatever clients send.
+deployments and R replicas makes at most 11 D + 33 R series here, whatever clients send.
 """
 
 from __future__ import annotations
@@ -79,17 +79,21 @@ _Running = list[tuple[str, "Keeper", "ReplicaInfo", "EngineStats"]]
 def _deployments(deployments: list[Deployment]) -> Iterator[Metric]:
     ready = GaugeMetricFamily("mxn_deployment_ready", "1 when requests are served.", labels=["model"])
     stalled = GaugeMetricFamily("mxn_deployment_stalled", "1 when work is held without a step.", labels=["model"])
+    waiting = GaugeMetricFamily(
+        "mxn_deployment_waiting", "Sequences in the deployment's line, which no replica has yet.", labels=["model"]
+    )
     restarts = CounterMetricFamily("mxn_deployment_restarts", "Starts of replicas beyond the first.", labels=["model"])
     replicas = GaugeMetricFamily("mxn_replicas", "Replicas in each state.", labels=["model", "state"])
     for deployment in deployments:
         name = deployment.name
         ready.add_metric([name], float(deployment.is_ready))
         stalled.add_metric([name], float(deployment.is_stalled))
+        waiting.add_metric([name], deployment.num_waiting)
         restarts.add_metric([name], deployment.num_restarts)
         states = Counter(keeper.state for keeper in deployment.keepers)
         for state in get_args(ReplicaState):
             replicas.add_metric([name, state], states[state])
-    yield from (ready, stalled, restarts, replicas)
+    yield from (ready, stalled, waiting, restarts, replicas)
 
 
 def _replicas(keepers: list[tuple[str, Keeper]]) -> Iterator[Metric]:

@@ -12,6 +12,7 @@ from mxn.server.errors import fit_to_show
 
 if TYPE_CHECKING:
     from mxn.fleet.deployment import Deployment
+    from mxn.fleet.fleet import Fleet
     from mxn.fleet.keeper import Keeper
     from mxn.server.gateway import Gateway
 
@@ -27,7 +28,7 @@ def fleet_status(gateway: Gateway) -> dict[str, Any]:
             "num_active_requests": gateway.num_active,
         },
         "deployments": [_deployment(deployment) for deployment in deployments],
-        "chips": _chips(deployments),
+        "chips": _chips(gateway.fleet),
     }
 
 
@@ -58,14 +59,19 @@ def _progress(part: Deployment | Keeper, *, shows_reason: bool = True) -> dict[s
 
 
 def _deployment(deployment: Deployment) -> dict[str, Any]:
-    """`replica`: how the first of the ready replicas runs; `replicas` has all."""
+    """`replica`: how the first of the ready replicas runs; `replicas` has all.
+
+    trouble: why it has less than it should. num_waiting: sequences that no replica has yet.
+    """
     return {
         **readiness(deployment, shows_reason=True),
         "revision": deployment.model.revision,
         "architecture": deployment.model.spec.architecture,
         "backend": deployment.backend,
         "chips": [{"uid": chip.uid, "kind": chip.kind, "name": chip.name} for chip in deployment.chips],
+        "trouble": fit_to_show(deployment.trouble),
         "max_context": deployment.max_context,
+        "num_waiting": deployment.num_waiting,
         "num_restarts": deployment.num_restarts,
         "replica": msgspec.to_builtins(deployment.info),
         "stats": msgspec.to_builtins(deployment.stats),
@@ -82,6 +88,7 @@ def _replica(keeper: Keeper) -> dict[str, Any]:
         "num_restarts": keeper.num_restarts,
         "backend": placement.backend,
         "chips": [chip.uid for chip in placement.chips],
+        "why": fit_to_show(placement.why),
         "settings": msgspec.to_builtins(placement.settings),
         "info": msgspec.to_builtins(replica.info) if replica is not None else None,
         "stats": msgspec.to_builtins(replica.stats) if replica is not None else None,
@@ -89,26 +96,25 @@ def _replica(keeper: Keeper) -> dict[str, Any]:
     }
 
 
-def _chips(deployments: list[Deployment]) -> list[dict[str, Any]]:
-    """Every chip that a replica is placed on, with who is there and what meters it."""
+def _chips(fleet: Fleet) -> list[dict[str, Any]]:
+    """Every chip that a replica is on or that is kept free, with who is there and what meters it."""
+    supervisor = fleet.supervisor
     chips: dict[str, dict[str, Any]] = {}
-    for deployment in deployments:
+
+    def entry_of(uid: str, name: str = "", kind: str | None = None) -> dict[str, Any]:
+        state = "lost" if uid in supervisor.lost else "cordoned" if uid in supervisor.cordoned else "ok"
+        reason = fit_to_show(supervisor.cordoned.get(uid, ""))
+        facts = {"uid": uid, "name": name, "kind": kind, "state": state, "reason": reason}
+        return chips.setdefault(uid, {**facts, "replicas": [], "power_source": "unknown"})
+
+    for deployment in fleet.deployments:
         for keeper in deployment.keepers:
             info = keeper.replica.info if keeper.replica is not None else None
             for chip in keeper.placement.chips:
-                entry = chips.setdefault(
-                    chip.uid,
-                    {
-                        "uid": chip.uid,
-                        "name": chip.name,
-                        "kind": chip.kind,
-                        "state": "ok",
-                        "reason": "",
-                        "replicas": [],
-                        "power_source": "unknown",
-                    },
-                )
+                entry = entry_of(chip.uid, chip.name, chip.kind)
                 entry["replicas"].append(keeper.id)
                 if info is not None:
                     entry["power_source"] = f"{info.power_source} ({info.power_provenance})"
+    for uid in supervisor.cordoned:
+        entry_of(uid)
     return list(chips.values())

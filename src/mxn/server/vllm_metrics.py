@@ -25,7 +25,6 @@ _LABELS = ["model_name"]
 
 _GAUGES: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
     ("vllm:num_requests_running", "Sequences that take part in steps.", lambda stats: stats.num_running),
-    ("vllm:num_requests_waiting", "Sequences in the queue.", lambda stats: stats.num_waiting),
     ("vllm:kv_cache_usage_perc", "Share of the KV cache in use, 1 is all of it.", kv_usage),
     ("vllm:gpu_cache_usage_perc", "As vllm:kv_cache_usage_perc.", kv_usage),
 )
@@ -54,6 +53,10 @@ class VllmAliases(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = [(deployment.name, deployment.stats) for deployment in self._fleet.deployments]
+        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Sequences in the queue.", labels=_LABELS)
+        for deployment in self._fleet.deployments:
+            waiting.add_metric([deployment.name], deployment.num_waiting + deployment.stats.num_waiting)
+        yield waiting
         for name, text, value in _GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=_LABELS)
             for model, values in stats:
