@@ -1,0 +1,1 @@
+"""What breaks in a fleet, and what its clients see of it."""
