@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from mxn.backends.base import Backend, Embedder, Executor
+from mxn.bench.metrics import METRIC_UNITS
 from mxn.core.model import LoadSettings, Model, ModelSpec
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +94,11 @@ def test_the_vendors_page_shows_every_method_as_the_contract_wants_it() -> None:
     model = Model(name="m", folder="/m", revision="1", spec=spec)
     assert methods["serve"](backend, model, LoadSettings(), [chip]).argv[0] == "mychip-serve"
     assert methods["warm_up"](None).compiled
+
+
+def test_the_benchmarkers_page_defines_every_figure_of_a_record() -> None:
+    page = (ROOT / "docs/benchmarking.md").read_text()
+    assert not [name for name in METRIC_UNITS if f"`{name}`" not in page]
 
 
 def test_constraints_pin_every_direct_dependency() -> None:
