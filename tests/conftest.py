@@ -43,6 +43,14 @@ def small_numbers_stay() -> Iterator[None]:
         sys.modules["torch"].set_flush_denormal(False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_measurements(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What loads of tiny models take is no part of what the user's machine was seen to do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MXN_DATA_DIR", str(tmp_path_factory.mktemp("data")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def byte_tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder whose tokenizer maps each byte to a token and knows three control tokens."""

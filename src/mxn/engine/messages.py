@@ -73,6 +73,7 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     """What a replica runs and how, as decided at load time.
 
     weight_bytes, kv_bytes: None where a server keeps them to itself.
+    memory_bytes: that it takes once warmed up, by the backend's own meter; None where there is none.
     num_blocks, block_size: 0 where mxn divides no cache.
     dimensions: numbers in a vector, from a model that embeds.
     refused: request fields that it cannot serve, by the names of the API.
@@ -99,6 +100,7 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     refused: list[str] = []
     can_continue: bool = False
     prefix_fingerprint: str = ""
+    memory_bytes: float | None = None
     power_source: str = "none"
     power_provenance: str = "unavailable"
 

@@ -192,6 +192,7 @@ def _load(
     progress("power", 1.0)
     described = _describe(message, loaded, seconds)
     described.power_source, described.power_provenance = power.name, PROVENANCE[power.kind]
+    described.memory_bytes = backend.memory_used(message.chips[0], os.getpid()).value
     if isinstance(loaded, Embedder):
         limits = BatchLimits(max_num_seqs=settings.max_num_seqs, max_step_tokens=settings.max_step_tokens)
         described.dimensions = loaded.dimensions

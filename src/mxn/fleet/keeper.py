@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from mxn.engine.messages import ReplicaState
 from mxn.errors import BackendError, MxnError
+from mxn.fleet.calibration.store import remember_load
 from mxn.fleet.launchers.base import Launcher
 from mxn.fleet.replica import RunningReplica
 from mxn.fleet.spec import DeploymentSpec, PlacementSpec, load_of
@@ -150,6 +151,7 @@ class Keeper:
         self._silent_s = self._stepless_s = 0.0
         if self.state == "loading":  # not when it is to end already
             self._set_state("ready", "")
+        await asyncio.to_thread(remember_load, load, replica.info)
         hang = await self._watch(replica)
         if self.state == "ready":
             self._set_state("starting", hang or replica.end_reason)

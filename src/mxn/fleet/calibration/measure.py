@@ -128,7 +128,7 @@ class Measurement:
 
 
 class _Tokens:
-    """When the tokens of a stream arrived."""
+    """When the tokens of a stream arrived; those that were read together are spread evenly since the one before."""
 
     def __init__(self, stream: SequenceStream) -> None:
         self.stream = stream
@@ -139,7 +139,9 @@ class _Tokens:
         async for output in self.stream:
             if output.error is not None:
                 raise BackendError(f"a sequence failed while it was measured: {output.error}")
-            self.times_s += [time.monotonic()] * output.num_tokens
+            now_s, count = time.monotonic(), output.num_tokens
+            before_s = self.times_s[-1] if self.times_s else now_s
+            self.times_s += [before_s + (now_s - before_s) * number / count for number in range(1, count + 1)]
             self._came.set()
 
     async def wait_for(self, count: int, task: asyncio.Task[None]) -> None:

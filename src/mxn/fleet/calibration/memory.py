@@ -5,12 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, cast
 
 import msgspec
 
+from mxn import __version__
 from mxn.backends.base import MemoryEstimate
+from mxn.backends.registry import load_backend
+from mxn.core.model import QuantisationName
 from mxn.core.quantity import Provenance, Quantity
+from mxn.engine.messages import Load, ReplicaInfo
 from mxn.errors import ConfigError
 
 _LEAST_ERROR = 0.05
@@ -52,6 +56,31 @@ class MemoryObservation:
     def json(self) -> str:
         """As it is stored."""
         return msgspec.json.encode(self).decode()
+
+
+def observe(load: Load, info: ReplicaInfo) -> MemoryObservation | None:
+    """What a load showed; None where nothing metered it, or tokens are made up and so is the memory.
+
+    A processor's meter counts memory that was touched, and a fresh cache was not; a driver counts what is reserved.
+    """
+    backend, chip = load_backend(load.backend), load.chips[0]
+    if info.memory_bytes is None or not info.weight_bytes or backend.capabilities(chip).is_scripted:
+        return None
+    cache = 0 if chip.uid.startswith("cpu") else info.kv_bytes or 0
+    estimate = backend.estimate(load.model.spec, replace(load.settings, quantisation=cast(QuantisationName, info.quantisation)), chip)
+    if estimate.weights.value is None:
+        return None
+    return MemoryObservation(
+        family=load.model.spec.architecture,
+        chip=chip.name,
+        backend=load.backend,
+        versions=versions_text({"mxn": __version__, **backend.probe().versions}),
+        quantisation=info.quantisation,
+        weight_bytes=float(info.weight_bytes),
+        resident_bytes=max(0.0, info.memory_bytes - cache),
+        estimated_weight_bytes=estimate.weights.value,
+        estimated_other_bytes=(estimate.activations.value or 0.0) + (estimate.overhead.value or 0.0),
+    )
 
 
 def read_observation(text: str, name: str) -> MemoryObservation:

@@ -17,6 +17,7 @@ from mxn.errors import BackendError, MxnError
 from mxn.fleet.calibration.measure import CALIBRATION, measure_cell
 from mxn.fleet.calibration.profile import ChipRates, Profile
 from mxn.fleet.calibration.rates import measure_rates
+from mxn.fleet.calibration.store import remember_load
 from mxn.fleet.launchers.local import LocalLauncher
 
 _STOP_S = 10.0
@@ -89,6 +90,7 @@ async def _measure(
     load = Load(backend=name, model=model, settings=settings, chips=[chip], max_waiting=64)
     replica = await LocalLauncher().start(load, lambda phase, fraction: None, {})
     try:
+        remember_load(load, replica.info)
         profile = await measure_cell(
             replica,
             backend=backend,

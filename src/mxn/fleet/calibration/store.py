@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 from mxn.config.environment import data_dir
-from mxn.errors import ConfigError
-from mxn.fleet.calibration.memory import MemoryObservation, read_observation
+from mxn.engine.messages import Load, ReplicaInfo
+from mxn.errors import ConfigError, MxnError
+from mxn.fleet.calibration.memory import MemoryObservation, observe, read_observation
 from mxn.fleet.calibration.profile import Profile, profile_json, read_profiles
+
+log = logging.getLogger(__name__)
 
 BUSY_S = 5.0
 """How long another process that writes is waited for."""
@@ -23,6 +27,16 @@ create table if not exists profiles (key text primary key, json text not null) s
 create table if not exists loads (id integer primary key, cell text not null, json text not null) strict;
 create index if not exists loads_by_cell on loads (cell, id);
 """
+
+
+def remember_load(load: Load, info: ReplicaInfo | None) -> None:
+    """Keeps what a load took, for later estimates. A store that cannot be written is a warning: serving goes on."""
+    try:
+        observation = observe(load, info) if info is not None else None
+        if observation is not None:
+            MeasurementStore().keep_memory(observation)
+    except MxnError as error:
+        log.warning("the memory of a load is not remembered: %s", error)
 
 
 class MeasurementStore:
