@@ -6,7 +6,10 @@ from dataclasses import replace
 import pytest
 
 from mxn.errors import ConfigError
+from mxn.fleet.planner.blocks import Instance
+from mxn.fleet.planner.goals import cost_of_serving_all
 from mxn.fleet.planner.problem import Demand, Option, Pool, PowerCap, Problem, Relation
+from mxn.fleet.planner.relaxation import relax
 from mxn.fleet.planner.solve import solve_placement
 
 
@@ -45,7 +48,10 @@ def test_exact_is_proven_and_no_other_effort_is_cheaper(random_problem, seed) ->
         outcome = solve_placement(problem, effort=effort)
         assert not outcome.unserved
         costs[effort] = outcome.stages[-1]
-    assert costs["exact"].gap < 1e-4
+    assert costs["exact"].gap < 1e-6
+    instance = Instance(problem)
+    one_program = relax(instance, cost_of_serving_all(instance), is_integer=True)
+    assert costs["exact"].value == pytest.approx(one_program.objective, rel=1e-5)
     assert costs["exact"].value <= costs["refined"].value * (1 + 1e-9)
     assert costs["refined"].value <= costs["fast"].value * (1 + 1e-9)
     assert costs["fast"].bound <= costs["exact"].value * (1 + 1e-9)

@@ -47,7 +47,8 @@ class Block:
 class Goal:
     """What one stage minimises.
 
-    costs, uppers: of each item. pieces: per demand, the penalty of load left unserved (see `pricing.Pieces`).
+    costs, uppers, lowers: of each item; no lowers stand for zeros, and only plain blocks may have some.
+    pieces: per demand, the penalty of load left unserved (see `pricing.Pieces`).
     negligible: a difference in value that nobody would notice.
     """
 
@@ -55,6 +56,12 @@ class Goal:
     uppers: NDArray[np.int64]
     pieces: tuple[Pieces, ...]
     negligible: float = 0.0
+    lowers: NDArray[np.int64] | None = None
+
+    def lowers_of(self, block: Block) -> NDArray[np.int64]:
+        """Least counts of a block's items."""
+        size = block.last - block.first
+        return np.zeros(size, dtype=np.int64) if self.lowers is None else self.lowers[block.first : block.last]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,11 @@ measured against.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from mxn.fleet.planner.blocks import Goal, Instance, Pattern
+from mxn.fleet.planner.blocks import Pattern
 from mxn.fleet.planner.linear_program import InfeasibleError, Master, Vector
 from mxn.fleet.planner.oracle import Oracle
 
@@ -25,12 +25,17 @@ round that proved nothing more the step is halved."""
 class Decomposition:
     """Grows columns for one goal. `bound` never decreases; `prices` are the best so far."""
 
-    def __init__(self, instance: Instance, goal: Goal, prices: Vector, first: Sequence[Pattern]) -> None:
-        """Args: prices: to start from, at least 0. first: a whole solution, which keeps the master feasible."""
+    def __init__(
+        self, oracle: Oracle, prices: Vector, first: Sequence[tuple[int, Pattern]], overfull: float = math.inf
+    ) -> None:
+        """Args: prices: to start from, at least 0. first: patterns as (block, pattern), of every block one at least.
+        overfull: what the master pays for a unit of a row beyond its limit, where `first` need not hold a solution.
+        """
+        instance = oracle.instance
         self.bound = -math.inf
         self.prices = prices
         self.columns: list[tuple[int, Pattern]] = []
-        self._instance, self._oracle = instance, Oracle(instance, goal)
+        self._instance, self._oracle = instance, oracle
         num_shared = len(instance.limits)
         num_blocks = len(instance.blocks)
         self._master = Master(
@@ -38,12 +43,15 @@ class Decomposition:
         )
         self._seen: set[tuple[int, bytes]] = set()
         self._next_prices, self._smoothing = prices, _SMOOTHING
+        self._num_overfull = num_shared if overfull < math.inf else 0
+        for row in range(self._num_overfull):
+            self._master.add_column(overfull, np.array([row], dtype=np.int32), np.array([-1.0]))
         self.add(first)
 
-    def add(self, patterns: Sequence[Pattern]) -> None:
-        """Offers a pattern of every block to the master; those it has are left out."""
+    def add(self, patterns: Iterable[tuple[int, Pattern]]) -> None:
+        """Offers patterns, as (block, pattern), to the master; those it has are left out."""
         num_shared = len(self._instance.limits)
-        for block, pattern in enumerate(patterns):
+        for block, pattern in patterns:
             key = (block, pattern.counts.tobytes())
             if key in self._seen:
                 continue
@@ -56,14 +64,14 @@ class Decomposition:
                 np.r_[pattern.use[rows], 1.0],
             )
 
-    def price(self) -> list[Pattern]:
+    def price(self) -> list[tuple[int, Pattern]]:
         """One round: every block's cheapest pattern at the next prices; the bound is raised when they prove more."""
         patterns, total = [], -float(self._next_prices @ self._instance.limits)
-        for block in self._instance.blocks:
+        for index, block in enumerate(self._instance.blocks):
             answer = self._oracle.cheapest(block, self._next_prices)
             if answer is None:
                 raise InfeasibleError(f"nothing fits {self._instance.problem.demands[block.demands[0]].name}")
-            patterns.append(answer[0])
+            patterns.append((index, answer[0]))
             total += answer[1]
         if total > self.bound:
             self.bound, self.prices, self._smoothing = total, self._next_prices, _SMOOTHING
@@ -78,7 +86,7 @@ class Decomposition:
         self._next_prices = self._smoothing * self.prices + (1 - self._smoothing) * newest
         used = [
             (block, pattern, float(part))
-            for (block, pattern), part in zip(self.columns, found.values, strict=True)
+            for (block, pattern), part in zip(self.columns, found.values[self._num_overfull :], strict=True)
             if part > 1e-7
         ]
         return found.objective, used

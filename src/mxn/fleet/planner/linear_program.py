@@ -18,7 +18,11 @@ _FEASIBLE = (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kSoluti
 
 
 class InfeasibleError(MxnError):
-    """No values satisfy all rows."""
+    """No values satisfy all rows, or none were found. is_proven: the search ended by itself, not by its limit."""
+
+    def __init__(self, message: str, *, is_proven: bool = True) -> None:
+        super().__init__(message)
+        self.is_proven = is_proven
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,13 @@ def solve(
     gap: float = 1e-6,
     max_nodes: int = 20_000,
     time_limit_s: float = 60.0,
+    is_plain: bool = False,
 ) -> Solution:
     """Minimises cost · x over 0 <= x <= upper and the rows.
 
     start: feasible values to begin with (integer programs). The time limit is a last resort; `max_nodes` comes first,
-    so that the same input gives the same answer on a slow machine.
+    so that the same input gives the same answer on a slow machine. is_plain: there is little to presolve and solutions
+    are easily found, so neither takes time.
     Raises: InfeasibleError.
     """
     highs = _quiet_highs()
@@ -91,6 +97,9 @@ def solve(
         highs.setOptionValue("mip_rel_gap", gap)
         highs.setOptionValue("mip_max_nodes", max_nodes)
         highs.setOptionValue("time_limit", time_limit_s)
+        if is_plain:
+            highs.setOptionValue("presolve", "off")
+            highs.setOptionValue("mip_heuristic_effort", 0.0)
     highs.passModel(program)
     if start is not None and has_integers:
         first = highspy.HighsSolution()
@@ -100,7 +109,8 @@ def solve(
     status, info = highs.getModelStatus(), highs.getInfo()
     has_values = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
     if not has_values:
-        raise InfeasibleError(f"no solution: {highs.modelStatusToString(status)}")
+        is_proven = status == highspy.HighsModelStatus.kInfeasible
+        raise InfeasibleError(f"no solution: {highs.modelStatusToString(status)}", is_proven=is_proven)
     found = highs.getSolution()
     objective = info.objective_function_value
     return Solution(

@@ -15,11 +15,12 @@ _JUST_BELOW_ONE = 1 - 1e-6
 
 
 class Oracle:
-    """Answers pricing questions about one instance under one goal."""
+    """Answers pricing questions about one instance under one goal. tolerance: see `pricing.cheapest_mix`."""
 
-    def __init__(self, instance: Instance, goal: Goal) -> None:
+    def __init__(self, instance: Instance, goal: Goal, tolerance: float = TOLERANCE) -> None:
         self.instance = instance
         self.goal = goal
+        self._tolerance = tolerance
 
     def cheapest(
         self, block: Block, prices: Vector, room: Vector | None = None, *, is_quick: bool = False
@@ -51,15 +52,21 @@ class Oracle:
         demand = self.instance.problem.demands[index]
         if demand.load == 0 and demand.min_replicas == 0:
             return np.zeros(len(costs), dtype=np.int64), [0.0], 0.0
+        covers, lowers = self.instance.covers[block.first : block.last], self.goal.lowers_of(block)
+        given = int(lowers.sum())
         mix = cheapest_mix(
             costs.tolist(),
-            self.instance.covers[block.first : block.last].tolist(),
-            uppers.tolist(),
+            covers.tolist(),
+            (uppers - lowers).tolist(),
             self.goal.pieces[index] if demand.load > 0 else ((1.0, 0.0),),
-            min_count=demand.min_replicas,
-            max_count=demand.max_replicas,
+            min_count=max(0, demand.min_replicas - given),
+            max_count=None if demand.max_replicas is None else demand.max_replicas - given,
+            tolerance=self._tolerance,
+            need=max(0.0, 1.0 - float(covers @ lowers)),
         )
-        return None if mix is None else (np.array(mix.counts, dtype=np.int64), [mix.unserved], mix.bound)
+        if mix is None:
+            return None
+        return np.array(mix.counts, dtype=np.int64) + lowers, [mix.unserved], mix.bound + float(costs @ lowers)
 
     def _cheapest_of_group(
         self, block: Block, costs: Vector, uppers: NDArray[np.int64], room: Vector | None
@@ -69,7 +76,7 @@ class Oracle:
             use = self.instance.use[block.first : block.last]
             for row in np.flatnonzero(use.any(axis=0)):
                 program.add({int(i): float(use[i, row]) for i in np.flatnonzero(use[:, row])}, upper=float(room[row]))
-        found = program.minimise(costs)
+        found = program.minimise(costs, self._tolerance)
         return None if found is None else self._priced(block, *found)
 
     def _priced(
@@ -106,7 +113,7 @@ class _GroupProgram:
         self._lower.append(lower)
         self._upper.append(upper)
 
-    def minimise(self, costs: Vector) -> tuple[NDArray[np.int64], list[float], float] | None:
+    def minimise(self, costs: Vector, tolerance: float) -> tuple[NDArray[np.int64], list[float], float] | None:
         """Counts, unserved share per demand and a bound on the cost, penalties included."""
         try:
             found = solve(
@@ -114,7 +121,7 @@ class _GroupProgram:
                 np.array(self._uppers),
                 build_rows(self._entries, np.array(self._lower), np.array(self._upper)),
                 is_integer=np.array(self._is_integer),
-                gap=TOLERANCE,
+                gap=tolerance,
             )
         except InfeasibleError:
             return None

@@ -18,7 +18,7 @@ import numpy as np
 from mxn.fleet.planner.linear_program import InfeasibleError, build_rows, solve
 
 TOLERANCE = 1e-4
-"""Branches that cannot improve the best by more than this part of it are cut; the bound is lower by as much."""
+"""Where nothing is to be proven to the last digit."""
 MAX_NODES = 10_000
 """About 10 ms. A search that needs more is left to HiGHS, whose cuts are worth their start-up time then."""
 _NEARLY = 1e-9
@@ -45,18 +45,23 @@ def cheapest_mix(
     *,
     min_count: int = 0,
     max_count: int | None = None,
+    tolerance: float = TOLERANCE,
+    need: float = 1.0,
 ) -> Mix | None:
     """The cheapest mix, or None when there is none.
 
-    Args: costs: at least 0 each. covers: share of the load that one replica serves, 0 to 1.
+    Args: costs: at least 0 each. covers: share of the load that one replica serves, 0 to 1. tolerance: branches that
+        cannot improve the best by more than this part of it are cut; the bound is lower by as much. need: instead of
+        the whole load.
     """
-    search = _Search(costs, covers, uppers, pieces, min_count, math.inf if max_count is None else max_count)
-    search.descend(0, 1.0, 0.0, 0)
+    largest = math.inf if max_count is None else max_count
+    search = _Search(costs, covers, uppers, pieces, min_count, largest, tolerance)
+    search.descend(0, need, 0.0, 0)
     if search.num_nodes > MAX_NODES:
-        return _by_highs(costs, covers, uppers, pieces, min_count, max_count)
+        return _by_highs(costs, covers, uppers, pieces, min_count, max_count, tolerance, need)
     if search.best is None:
         return None
-    return Mix(search.best, search.best_unserved, search.best_cost, search.best_cost * (1 - TOLERANCE))
+    return Mix(search.best, search.best_unserved, search.best_cost, search.best_cost * (1 - tolerance))
 
 
 def penalty(pieces: Pieces, share: float) -> float:
@@ -78,6 +83,8 @@ def _by_highs(
     pieces: Pieces,
     min_count: int,
     max_count: int | None,
+    tolerance: float,
+    need: float,
 ) -> Mix | None:
     """The same problem as an integer program."""
     num_items, num_pieces = len(costs), len(pieces)
@@ -87,7 +94,7 @@ def _by_highs(
             (np.arange(num_items + num_pieces, dtype=np.int32), np.r_[covers, np.ones(num_pieces)]),
             (items, np.ones(num_items)),
         ],
-        np.array([1.0, min_count]),
+        np.array([need, min_count]),
         np.array([math.inf, math.inf if max_count is None else max_count]),
     )
     try:
@@ -96,12 +103,12 @@ def _by_highs(
             np.r_[np.array(uppers, dtype=float), [length for length, _ in pieces]],
             rows,
             is_integer=np.r_[np.ones(num_items, dtype=bool), np.zeros(num_pieces, dtype=bool)],
-            gap=TOLERANCE,
+            gap=tolerance,
         )
     except InfeasibleError:
         return None
     counts = np.rint(found.values[:num_items]).astype(int).tolist()
-    unserved = max(0.0, 1.0 - sum(count * cover for count, cover in zip(counts, covers, strict=True)))
+    unserved = max(0.0, need - sum(count * cover for count, cover in zip(counts, covers, strict=True)))
     return Mix(counts, unserved, found.objective, found.bound)
 
 
@@ -114,12 +121,13 @@ class _Search:
         pieces: Pieces,
         min_count: int,
         max_count: float,
+        tolerance: float,
     ) -> None:
         self.best: list[int] | None = None
         self.best_cost = math.inf
         self.best_unserved = 0.0
         self.num_nodes = 0
-        self._pieces = pieces
+        self._pieces, self._kept = pieces, 1 - tolerance
         self._min_count, self._max_count = min_count, max_count
         self._costs, self._uppers = costs, uppers
         self._counts = [0] * len(costs)
@@ -156,7 +164,7 @@ class _Search:
         for number in range(int(most), -1, -1):
             left = need - number * cover
             spent = cost + number * item_cost
-            cut = self.best_cost - TOLERANCE * abs(self.best_cost) if self.best is not None else math.inf
+            cut = self.best_cost * self._kept if self.best is not None else math.inf
             if spent + (self.relaxed(left, depth + 1) if left > _NEARLY else 0.0) < cut:
                 self._counts[index] = number
                 self.descend(depth + 1, max(0.0, left), spent, count + number)

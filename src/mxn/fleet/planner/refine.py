@@ -12,7 +12,7 @@ from mxn.fleet.planner.blocks import Block, Pattern
 from mxn.fleet.planner.decomposition import Decomposition
 from mxn.fleet.planner.linear_program import InfeasibleError, Vector
 from mxn.fleet.planner.oracle import Oracle
-from mxn.fleet.planner.search import place_in_order, solve_together, total_use
+from mxn.fleet.planner.search import place_in_order, solve_together, total_use, value_of
 
 _FIRST_SIZE, _LAST_SIZE = 16, 64
 """Blocks solved together; more after an attempt that found nothing better."""
@@ -55,7 +55,7 @@ def refine(
 
     Args: order: in which blocks are placed when they compete. prices: to start from. bound: already proven.
     """
-    columns = Decomposition(oracle.instance, oracle.goal, prices, start)
+    columns = Decomposition(oracle, prices, list(enumerate(start)))
     used: list[tuple[int, Pattern, float]] = []
     last, stalls = math.inf, 0
     for _ in range(budget.rounds):
@@ -72,11 +72,6 @@ def refine(
         best = rounded
     best = _descend(oracle, columns.prices, best, bound, budget)
     return Refined(_polish(oracle, columns.prices, best, bound, budget), bound, columns.prices)
-
-
-def value_of(patterns: Sequence[Pattern]) -> float:
-    """What patterns cost together."""
-    return sum(pattern.cost for pattern in patterns)
 
 
 def _round(

@@ -126,6 +126,11 @@ def total_use(instance: Instance, patterns: Iterable[Pattern]) -> Vector:
     return total
 
 
+def value_of(patterns: Sequence[Pattern]) -> float:
+    """What patterns cost together."""
+    return sum(pattern.cost for pattern in patterns)
+
+
 def restated(instance: Instance, goal: Goal, patterns: Sequence[Pattern]) -> list[Pattern]:
     """The same patterns with their cost under another goal."""
     again = []

@@ -3,7 +3,7 @@
 fast: prices from the relaxation, one pricing round for the bound, blocks placed one after another; where that leaves
 a gap above 5 %, as when chips are scarce, a few rounds of columns.
 refined: columns are generated until the bound meets the master, then neighbourhoods are solved exactly.
-exact: refined, then the whole problem as one integer program.
+exact: refined, then all patterns that a better plan could hold are listed and picked from.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Literal
 import numpy as np
 
 from mxn.fleet.planner.blocks import Block, Goal, Instance, Pattern
+from mxn.fleet.planner.exact import settle
 from mxn.fleet.planner.goals import cost_of_serving_all, cost_of_serving_as_much, service_of_tier
 from mxn.fleet.planner.linear_program import InfeasibleError, Solution, Vector
 from mxn.fleet.planner.oracle import Oracle
 from mxn.fleet.planner.problem import Assignment, Problem
-from mxn.fleet.planner.refine import Budget, is_close, refine, value_of
+from mxn.fleet.planner.refine import Budget, is_close, refine
 from mxn.fleet.planner.relaxation import relax
-from mxn.fleet.planner.search import place_in_order, restated, solve_together
+from mxn.fleet.planner.search import place_in_order, restated, value_of
 
 Effort = Literal["fast", "refined", "exact"]
 
 _BUDGETS: dict[Effort, Budget] = {
     "fast": Budget(target_gap=0.05, rounds=4, attempts=0),
     "refined": Budget(target_gap=1e-3, rounds=20, attempts=6),
-    "exact": Budget(target_gap=1e-6, rounds=20, attempts=12, nodes=200),
+    "exact": Budget(target_gap=1e-3, rounds=20, attempts=2),
 }
 _SERVED = 1e-4
 """A share of load below this counts as nothing."""
@@ -144,7 +145,8 @@ class _Solver:
             refined = refine(oracle, self.order, best, prices, bound, budget)
             best, bound, prices = refined.patterns, refined.bound, refined.prices
         if self.effort == "exact" and all(block.is_plain for block in blocks):
-            best, bound = self._solve_whole(oracle, best, bound)
+            settled = settle(oracle, best, prices)
+            best, bound, prices = settled.patterns, max(bound, settled.bound), settled.prices
         self.prices = prices
         value = value_of(best)
         gap = 0.0 if is_close(oracle, value, bound, 0.0) else (value - bound) / value
@@ -152,13 +154,6 @@ class _Solver:
             StageReport(name=name, value=value, bound=bound, gap=gap, seconds=time.perf_counter() - began_s)
         )
         return best
-
-    def _solve_whole(self, oracle: Oracle, best: list[Pattern], bound: float) -> tuple[list[Pattern], float]:
-        """All blocks in one integer program, begun from the best so far."""
-        found, proven = solve_together(
-            oracle, self.instance.blocks, self.instance.limits, best, gap=1e-9, max_nodes=200_000, time_limit_s=60.0
-        )
-        return found or best, max(bound, proven)
 
     # ------------------------------------------------------------------ helpers
 
