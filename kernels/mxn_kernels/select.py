@@ -161,15 +161,14 @@ def registry() -> Registry:
                     op=op, name="triton", load=f"mxn_kernels.triton.{op}:{op}", targets=("sm_*", "gfx*", "interpreter")
                 )
             )
-        found.register(
-            Implementation(
-                op="ragged_prefill",
-                name="flash-attention-3",
-                load="mxn_kernels.flash_attention:ragged_prefill",
-                targets=("sm_90",),
-                by_name_only=True,
+        for name, module, targets in (
+            ("flashinfer", "flashinfer_attention", ("sm_*",)),
+            ("flash-attention-3", "flash_attention", ("sm_90",)),
+        ):
+            load = f"mxn_kernels.{module}:ragged_prefill"
+            found.register(
+                Implementation(op="ragged_prefill", name=name, load=load, targets=targets, by_name_only=True)
             )
-        )
         found.load_entry_points()
         _registry = found
     return _registry

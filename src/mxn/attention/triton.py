@@ -14,12 +14,17 @@ import numpy as np
 import torch
 from mxn_kernels import KernelUnavailable, ops
 from mxn_kernels.flash_attention import why_not_flash_attention
+from mxn_kernels.flashinfer_attention import why_not_flashinfer
 from mxn_kernels.kv_cache import KVCache, Scaling
 from mxn_kernels.shared_prefix import LAUNCH_BYTES, PrefixGroup, SharedPrefix, groups_that_pay
 from mxn_kernels.target import Target
 
 from mxn.attention.base import AttentionBackend, AttentionMetadata, LayerKV, to_chip
 from mxn.errors import KernelUnavailableError
+
+_LIBRARIES = {"flash-attention-3": why_not_flash_attention, "flashinfer": why_not_flashinfer}
+PREFILLS = (*_LIBRARIES, "triton")
+"""Who may compute prefill attention, in order of preference."""
 
 LONG_CONTEXT = 2048
 """A decode row in the prefill kernel is one program that walks its whole context. Over this many tokens that outlasts
@@ -32,12 +37,15 @@ class PlannedMetadata(AttentionMetadata):
 
     num_decodes: sequences at the front that go to the decode kernel, one new token each; the rest go to prefill.
     prefill_starts (S - num_decodes + 1): where the others' tokens begin, counted from the first of them.
+    prefill_table, prefill_contexts: their rows of block_table and context_lens, the same objects for all layers.
     max_context: an upper bound of context_lens; it decides how decode splits its work.
     prefix: groups of decoding sequences whose shared blocks are read once; None where that does not pay.
     """
 
     num_decodes: int
     prefill_starts: torch.Tensor
+    prefill_table: torch.Tensor
+    prefill_contexts: torch.Tensor
     max_context: int
     prefix: SharedPrefix | None = None
 
@@ -60,9 +68,9 @@ class TritonAttention(AttentionBackend):
         launch_bytes: int = LAUNCH_BYTES,
     ) -> None:
         """Args: dtype, scaling: of the cache. num_heads: query heads, to find out when shared prefixes pay; None for
-          never. num_splits: a fixed number makes results independent of the batch, None chooses by it. prefill:
-          "flash-attention-3", "triton", or "auto" for the first that can be had. launch_bytes: traffic that a pass over
-          shared prefixes must save in a layer.
+          never. num_splits: a fixed number makes results independent of the batch, None chooses by it. prefill: a name
+          in `PREFILLS`, or "auto" for the first that can be had. launch_bytes: traffic that a pass over shared prefixes
+          must save in a layer.
 
         Raises: KernelUnavailableError with the reason; OutOfMemoryError of torch.
         """
@@ -74,12 +82,15 @@ class TritonAttention(AttentionBackend):
             for layer in self.layers
         ]
         self.target = Target.of(self.device)
-        why_not = why_not_flash_attention(self.target, self.caches)
-        if prefill == "flash-attention-3" and why_not:
-            raise KernelUnavailableError(f"prefill by flash-attention-3 was asked for and cannot be had: {why_not}")
-        self.prefill_name = "triton" if prefill == "triton" or why_not else "flash-attention-3"
-        self.name = "triton" if self.prefill_name == "triton" else "triton, prefill by flash-attention-3"
-        self.notes = (f"prefill attention by {self.prefill_name}" + (f": {why_not}" if why_not else ""),)
+        why_not = {name: why(self.target, self.caches) for name, why in _LIBRARIES.items()}
+        if why_not.get(prefill):
+            raise KernelUnavailableError(f"prefill by {prefill} was asked for and cannot be had: {why_not[prefill]}")
+        if prefill == "auto":
+            prefill = next(name for name in PREFILLS if why_not.get(name) is None)
+        self.prefill_name = prefill
+        self.name = "triton" if prefill == "triton" else f"triton, prefill by {prefill}"
+        others = "; ".join(f"{name} cannot: {why}" for name, why in why_not.items() if why)
+        self.notes = (f"prefill attention by {prefill}" + (f"; {others}" if others else ""),)
         self._planned: tuple[AttentionMetadata, PlannedMetadata] | None = None
 
     @classmethod
@@ -132,9 +143,9 @@ class TritonAttention(AttentionBackend):
                 ops.ragged_prefill(
                     query[first:],
                     cache,
-                    plan.block_table[first:],
+                    plan.prefill_table,
                     plan.prefill_starts,
-                    plan.context_lens[first:],
+                    plan.prefill_contexts,
                     window=window,
                     out=out[first:],
                     implementation=None if self.prefill_name == "triton" or sinks is not None else self.prefill_name,
@@ -192,14 +203,17 @@ def plan_step(host: AttentionMetadata, attention: TritonAttention, device: torch
         prefix = SharedPrefix.of(groups, **size, device=device)
     prefill_starts = host.query_starts[num_decodes:] - num_decodes
 
+    context_lens, block_table = to_chip(host.context_lens, device), to_chip(host.block_table, device)
     return PlannedMetadata(
         query_starts=to_chip(host.query_starts, device),
-        context_lens=to_chip(host.context_lens, device),
-        block_table=to_chip(host.block_table, device),
+        context_lens=context_lens,
+        block_table=block_table,
         slot_mapping=to_chip(host.slot_mapping, device),
         max_query_len=host.max_query_len,
         num_decodes=num_decodes,
         prefill_starts=to_chip(prefill_starts, device),
+        prefill_table=block_table[num_decodes:],
+        prefill_contexts=context_lens[num_decodes:],
         max_context=max(contexts, default=0),
         prefix=prefix,
     )
@@ -255,6 +269,8 @@ class CapturedDecode:
             max_query_len=1,
             num_decodes=meta.num_seqs,
             prefill_starts=meta.query_starts[:1],
+            prefill_table=meta.block_table[:0],
+            prefill_contexts=meta.context_lens[:0],
             max_context=self._max_context,
             prefix=prefix,
         )

@@ -13,6 +13,8 @@ from mxn.energy.amdsmi import amdsmi_reader
 from mxn.energy.reader import PowerReader
 
 _DRIVER = Path("/dev/kfd")
+_MATRIX_CORES = ("gfx90a", "gfx942", "gfx950")
+"""CDNA 2 and later: torch's int4 kernels refuse all others."""
 _BF16 = ("gfx90a", "gfx942", "gfx950", "gfx11", "gfx12")
 
 
@@ -46,7 +48,9 @@ class RocmBackend(GpuBackend):
             return ()
         if not target.startswith(_BF16):
             return ("fp16", "fp32")
-        return ("bf16", "fp16", "fp32", *(("fp8",) if target in ("gfx942", "gfx950") else ()))
+        fp8 = ("fp8",) if target in ("gfx942", "gfx950") else ()
+        int4 = ("int4",) if target in _MATRIX_CORES else ()
+        return ("bf16", "fp16", "fp32", *fp8, *int4)
 
     def power(self, chip: Chip) -> PowerReader:
         return amdsmi_reader(chip.facts["uuid"], amdsmi=self._amdsmi)

@@ -25,7 +25,7 @@ from mxn.runner.torch_runner import LoadPlan, dummy_batch, load_runner
 ATTENTIONS = ("auto", "triton", "reference")
 OPTIONS: dict[str, tuple[str, ...]] = {
     "graphs": ("background", "wait", "off"),
-    "prefill": ("auto", "triton", "flash-attention-3"),
+    "prefill": ("auto", "triton", "flash-attention-3", "flashinfer"),
     "kv": ("auto", "fp8"),
     "fuse": ("auto", "off"),
     "splits": ("auto", "1", "2", "4", "8", "16", "32"),
@@ -208,7 +208,7 @@ def _triton_choice(
 
     Raises: KernelUnavailableError with the reason.
     """
-    from mxn.attention.triton import TritonAttention, fp8_dtype
+    from mxn.attention.triton import PREFILLS, TritonAttention, fp8_dtype
 
     stored, scaling = dtype, "none"
     if options["kv"] == "fp8":
@@ -218,10 +218,18 @@ def _triton_choice(
     attention = partial(
         TritonAttention, **shape, device=accelerator.device, num_heads=spec.num_heads, num_splits=splits
     )
-    chosen = [options["prefill"]] if options["prefill"] != "auto" else ["auto", "triton"]
-    for prefill in chosen:
+    is_asked = options["prefill"] != "auto"
+    for prefill in (options["prefill"],) if is_asked else PREFILLS:
         made = partial(attention, prefill=prefill)
-        fault = disagreement(made, spec, device=accelerator.device, dtype=dtype)
+        try:
+            fault = disagreement(made, spec, device=accelerator.device, dtype=dtype)
+        except KernelUnavailableError as error:
+            fault = str(error)
+            if is_asked:
+                raise ConfigError(f"{fault}; available: auto, triton") from error
+            if prefill == "triton":
+                raise
+            continue  # why it cannot be had stands in the notes of the one that can
         if fault is None:
             notes.append("attention kernels checked against the torch reference on this chip")
             return _Choices(
@@ -234,7 +242,7 @@ def _triton_choice(
                 notes=notes,
             )
         notes.append(fault)
-    raise KernelUnavailableError("; ".join(notes[-len(chosen) :]))
+    raise KernelUnavailableError(fault)
 
 
 def _checked_options(settings: LoadSettings) -> dict[str, str]:

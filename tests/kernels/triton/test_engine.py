@@ -16,9 +16,10 @@ transformers = pytest.importorskip("transformers", reason="a decoder needs trans
 
 from mxn.attention.base import AttentionMetadata, LayerKV  # noqa: E402
 from mxn.attention.triton import TritonAttention, decodes_at_front, plan_step  # noqa: E402
-from mxn.core.batch import SequenceStep, StepBatch  # noqa: E402
+from mxn.core.batch import PENDING, SequenceStep, StepBatch  # noqa: E402
 from mxn.core.model import LoadSettings, Model  # noqa: E402
-from mxn.core.request import SamplingParams  # noqa: E402
+from mxn.core.request import SamplingParams, SequenceRequest  # noqa: E402
+from mxn.errors import ConfigError  # noqa: E402
 from mxn.runner.gpu import load_gpu_runner  # noqa: E402
 from mxn.runner.graphs import Key  # noqa: E402
 from mxn.store.spec import spec_from_config  # noqa: E402
@@ -68,13 +69,13 @@ def tiny(tmp_path: Path) -> tuple[Any, Model]:
     return model, Model(name="tiny", folder=str(tmp_path), revision="0", spec=spec)
 
 
-def load(model: Model, graphs: str, **settings: Any) -> Any:
+def load(model: Model, graphs: str, prefill: str = "auto", **settings: Any) -> Any:
     chosen = {"quantisation": "fp32", "attention": "triton", "block_size": 4, "max_num_seqs": 3, "max_step_tokens": 8}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         runner = load_gpu_runner(
             model,
-            LoadSettings(**chosen, kv_bytes=2**19, options=(("graphs", graphs),), **settings),
+            LoadSettings(**chosen, kv_bytes=2**19, options=(("graphs", graphs), ("prefill", prefill)), **settings),
             accelerator=accelerator(),
             quantisations=("fp32",),
             progress=lambda phase, done: None,
@@ -102,6 +103,39 @@ def test_greedy_tokens_are_those_of_transformers(graphs: str, tiny: tuple[Any, M
     assert any(note.startswith("one kernel each: ") for note in runner.notes)
     assert found == [expected_of(reference, prompt) for prompt in PROMPTS]
     runner.close()
+
+
+def test_the_engine_takes_steps_ahead_from_captured_graphs(tiny: tuple[Any, Model]) -> None:
+    from mxn.backends.torch_executor import chip_executor
+    from mxn.engine.engine import Engine, EngineSettings
+
+    reference, model = tiny
+    runner = load(model, "wait")
+    ahead = []
+    submit = runner.submit
+    runner.submit = lambda batch: ahead.append(any(PENDING in s.token_ids for s in batch.sequences)) or submit(batch)
+    engine = Engine(chip_executor(runner), EngineSettings(max_num_seqs=3, max_step_tokens=8))
+    for row, prompt in enumerate(PROMPTS):
+        sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW)
+        engine.add(SequenceRequest(seq_id=row, prompt_token_ids=prompt, sampling=sampling))
+    found: dict[int, list[int]] = {row: [] for row in range(len(PROMPTS))}
+    while engine.has_work:
+        for output in engine.step():
+            found[output.seq_id] += output.token_ids
+    assert sum(ahead) >= NUM_NEW - 1
+    assert [found[row] for row in range(len(PROMPTS))] == [expected_of(reference, prompt) for prompt in PROMPTS]
+    runner.close()
+
+
+def test_who_computes_prefill_is_noted_with_why_others_cannot(tiny: tuple[Any, Model]) -> None:
+    _, model = tiny
+    runner = load(model, "off")
+    (note,) = [note for note in runner.notes if note.startswith("prefill attention by triton; ")]
+    assert "flash-attention-3 cannot: " in note
+    assert "flashinfer cannot: " in note
+    runner.close()
+    with pytest.raises(ConfigError, match="prefill by flashinfer was asked for and cannot be had: it runs on NVIDIA"):
+        load(model, "off", prefill="flashinfer")
 
 
 def test_sequences_that_share_a_prefix_decode_from_a_graph_of_their_own(tiny: tuple[Any, Model]) -> None:
