@@ -199,3 +199,25 @@ async def test_without_any_replica_on_the_way_nothing_waits(fake_deployment: Mak
         assert not deployment.accepts
         with pytest.raises(UnavailableError, match="no weights"):
             deployment.submit([1], GREEDY)
+
+
+async def test_time_in_line_is_part_of_the_queue_time_that_the_engine_tells(fake_deployment: Make) -> None:
+    spec = fake_deployment(options={"step_ms": 10}, max_num_seqs=1)
+    short = SamplingParams(temperature=0.0, max_tokens=10)
+    async with running(spec) as deployment:
+        await asyncio.gather(*(collect(deployment.submit([i], short)) for i in range(5)))
+        # They run one after another, 0.1 s each: the waits are 0, 0.1, 0.2, 0.3 and 0.4 s.
+        assert deployment.stats.num_started == 5
+        assert 0.9 < deployment.stats.queue_s < 3.0
+
+
+async def test_a_full_line_is_told_before_any_work_is_done(fake_deployment: Make) -> None:
+    spec = fake_deployment(options={"step_ms": 20}, max_num_seqs=1, max_queue=2)
+    async with running(spec) as deployment:
+        deployment.check_line(0)
+        streams = [deployment.submit([i], GREEDY, priority=5) for i in range(3)]
+        with pytest.raises(OverloadedError):
+            deployment.check_line(5)
+        deployment.check_line(0)  # it would take another's place
+        for stream in streams:
+            stream.abort()

@@ -88,6 +88,7 @@ class SequenceRequest:
       itself: limits, penalties and the draw's counter include them, and outputs hold only what is new.
     fallback_seed: what tokens are drawn with when `sampling.seed` is None, so that another replica can go on; None
       lets the engine draw one.
+    waited_s: seconds that it has stood in line before it came to the replica.
     """
 
     seq_id: int
@@ -97,6 +98,7 @@ class SequenceRequest:
     priority: int = 0
     output_token_ids: list[int] = field(default_factory=list)
     fallback_seed: int | None = None
+    waited_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -67,7 +67,7 @@ class EmbeddingEngine:
         if min(ids) < 0 or max(ids) >= vocab_size:
             raise RequestError(f"token ids must be in 0..{vocab_size - 1}", param="input")
         self._waiting[request.seq_id] = request
-        self._arrived_s[request.seq_id] = self._clock.now_s()
+        self._arrived_s[request.seq_id] = self._clock.now_s() - request.waited_s
 
     def abort(self, seq_ids: Iterable[int]) -> list[SequenceOutput]:
         """Takes texts out of the line; unknown or finished ids are ignored."""

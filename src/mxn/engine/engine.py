@@ -94,7 +94,8 @@ class Engine:
         seed = request.sampling.seed if request.sampling.seed is not None else request.fallback_seed
         seed = seed if seed is not None else secrets.randbits(63)
         root = self.placement.root(request.cache_salt)
-        sequence = Sequence(request, arrival=self._num_arrived, seed=seed, root=root, arrived_s=self._clock.now_s())
+        arrived_s = self._clock.now_s() - request.waited_s
+        sequence = Sequence(request, arrival=self._num_arrived, seed=seed, root=root, arrived_s=arrived_s)
         self._num_arrived += 1
         self._sequences[request.seq_id] = sequence
         self._scheduler.add(sequence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -181,6 +181,10 @@ class Deployment:
         """Sequences that wait for a replica to have room."""
         return self._dispatch.num_waiting
 
+    def check_line(self, priority: int) -> None:
+        """Raises what `submit` would raise now because of the line, so that nobody works on a request in vain."""
+        self._dispatch.check(priority)
+
     def submit(
         self, prompt_token_ids: list[int], sampling: SamplingParams, *, cache_salt: str = "", priority: int = 0
     ) -> RelayedStream:
@@ -204,7 +208,7 @@ class Deployment:
                 sampling=sampling,
                 cache_salt=cache_salt,
                 priority=priority,
-                fallback_seed=secrets.randbits(63) if is_drawn else None,
+                fallback_seed=random.getrandbits(63) if is_drawn else None,
             )
         )
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 from mxn.core.request import SequenceRequest
@@ -75,7 +76,7 @@ class Dispatch:
         self._keepers = keepers
         self._accepts = accepts
         self._posts: dict[str, _Post] = {}
-        self._line: WaitingLine[RelayedStream] = WaitingLine()
+        self._line: WaitingLine[tuple[RelayedStream, float]] = WaitingLine()
         self._returning: list[RelayedStream] = []
         self._departures = Departures()
         self._seq_ids = itertools.count(1)
@@ -89,17 +90,23 @@ class Dispatch:
         """An id that no sequence of this deployment had."""
         return next(self._seq_ids)
 
+    def check(self, tier: int) -> None:
+        """Raises OverloadedError or UnavailableError unless a sequence of this tier would be taken now."""
+        if not self._can_place_at_once:
+            self._check_wait(tier)
+
     def submit(self, request: SequenceRequest) -> RelayedStream:
         """Gives the sequence to a replica or lets it wait.
 
         Raises: OverloadedError when the line is full or too slow; UnavailableError when nothing is ready or to be.
         """
         relay = RelayedStream(request, self, self._line.arrive())
-        if not self._line and not self._returning and self._place(relay):
+        if not self.num_waiting and self._place(relay):
             return relay
-        self._check_wait(request.priority)
+        if self._check_wait(request.priority):
+            self._displace_last()
         self._wait(relay)
-        self._line.push(request.priority, relay.arrival, relay)
+        self._line.push(request.priority, relay.arrival, (relay, time.monotonic()))
         return relay
 
     def refresh(self) -> None:
@@ -121,7 +128,7 @@ class Dispatch:
 
     def refuse_all(self, why: str) -> None:
         """Ends the wait of all who are in line."""
-        for relay in [*self._returning, *self._line]:
+        for relay in [*self._returning, *(relay for relay, _ in self._line)]:
             self.leave(relay)
             relay.refuse(relay.loss or UnavailableError(why))
 
@@ -142,15 +149,22 @@ class Dispatch:
         if relay in self._returning:
             self._returning.remove(relay)
         elif relay.deadline is not None:
-            self._line.remove(relay.arrival)
+            self._line.remove(relay.request.priority, relay.arrival)
         if relay.deadline is not None:
             relay.deadline.cancel()
             relay.deadline = None
 
     # ------------------------------------------------------------------ the line
 
-    def _check_wait(self, tier: int) -> None:
-        """Raises OverloadedError or UnavailableError unless one more of this tier may wait."""
+    @property
+    def _can_place_at_once(self) -> bool:
+        return not self.num_waiting and any(post.has_room for post in self._posts.values())
+
+    def _check_wait(self, tier: int) -> bool:
+        """True when the last one of a lower tier must go to make room in line.
+
+        Raises: OverloadedError or UnavailableError unless one more of this tier may wait.
+        """
         spec = self.spec
         ready = [post for post in self._posts.values() if post.keeper.is_ready]
         if not ready and not self._accepts():
@@ -160,28 +174,30 @@ class Dispatch:
         num_open = self.num_waiting + sum(post.replica.num_streams for post in ready)
         limit = spec.max_queue + sum(post.keeper.placement.settings.max_num_seqs for post in ready)
         now_s = time.monotonic()
-        if num_open >= limit:
-            last = self._line.last()
-            if last is None or last[0] <= tier:
-                raise OverloadedError(
-                    f'model "{spec.name}" has {num_open} sequences in line, the limit is {limit}; retry later',
-                    retry_after_s=self._retry_after_s(now_s),
-                )
-            self.leave(last[1])
-            last[1].refuse(
-                OverloadedError(
-                    f'model "{spec.name}" is asked for more than it can serve, and requests of higher priority came; '
-                    "retry later",
-                    retry_after_s=self._retry_after_s(now_s),
-                )
+        if num_open >= limit and self._line.last_tier() <= tier:
+            raise OverloadedError(
+                f'model "{spec.name}" has {num_open} sequences in line, the limit is {limit}; retry later',
+                retry_after_s=self._retry_after_s(now_s),
             )
         wait_s = self._departures.wait_s(len(self._line), now_s)
-        if wait_s is not None and wait_s > spec.max_wait_s:
+        if wait_s is not None and wait_s > spec.max_wait_s and self._line.last_tier() <= tier:
             raise OverloadedError(
                 f'model "{spec.name}" would begin in about {wait_s:.0f} s, the limit is {spec.max_wait_s:g} s; '
                 "retry later",
                 retry_after_s=self._retry_after_s(now_s),
             )
+        return num_open >= limit
+
+    def _displace_last(self) -> None:
+        relay, _ = self._line.last()
+        self.leave(relay)
+        relay.refuse(
+            OverloadedError(
+                f'model "{self.spec.name}" is asked for more than it can serve, and requests of higher priority came; '
+                "retry later",
+                retry_after_s=self._retry_after_s(time.monotonic()),
+            )
+        )
 
     def _wait(self, relay: RelayedStream) -> None:
         loop = asyncio.get_running_loop()
@@ -216,19 +232,24 @@ class Dispatch:
         if self._returning:
             returning, self._returning = self._returning, []
             self._returning = [relay for relay in returning if not self._place(relay)]
-        while (relay := self._line.first()) is not None and self._place(relay):
+        while (entry := self._line.first()) is not None:
+            relay, since_s = entry
+            if not self._place(relay, since_s):
+                break
             self._line.pop()
         if not self._line:
             self._departures.clear()
 
     # ------------------------------------------------------------------ to a replica
 
-    def _place(self, relay: RelayedStream) -> bool:
-        """Gives a sequence to the best replica that has room; False when none has."""
+    def _place(self, relay: RelayedStream, since_s: float | None = None) -> bool:
+        """Gives a sequence to the best replica that has room; False when none has. since_s: it waited since then."""
         while posts := [post for post in self._posts.values() if post.has_room and relay.suits(post.info)]:
             request = relay.request
             work = self._work_of(request)
             post = posts[0] if len(self._posts) == 1 else self._choose(posts, request, work)
+            if since_s is not None:
+                request = replace(request, waited_s=time.monotonic() - since_s)
             try:
                 stream = post.replica.submit(request)
             except ReplicaDiedError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
@@ -20,6 +21,7 @@ class WaitingLine(Generic[T]):
     def __init__(self) -> None:
         self._heap: list[tuple[int, int, T]] = []
         self._gone: set[int] = set()
+        self._tiers: Counter[int] = Counter()
         self._arrivals = itertools.count()
 
     def __len__(self) -> int:
@@ -36,9 +38,11 @@ class WaitingLine(Generic[T]):
     def push(self, tier: int, arrival: int, entry: T) -> None:
         """Lets one wait."""
         heapq.heappush(self._heap, (tier, arrival, entry))
+        self._tiers[tier] += 1
 
-    def remove(self, arrival: int) -> None:
+    def remove(self, tier: int, arrival: int) -> None:
         """Takes out one that waits."""
+        self._leave(tier)
         self._gone.add(arrival)
         self._drop_gone()
         if len(self._gone) > 64 and 2 * len(self._gone) > len(self._heap):
@@ -50,19 +54,25 @@ class WaitingLine(Generic[T]):
         """Who is next, or None."""
         return self._heap[0][2] if self._heap else None
 
-    def last(self) -> tuple[int, T] | None:
-        """The tier and entry that would be served last, or None."""
-        waiting = [item for item in self._heap if item[1] not in self._gone]
-        if not waiting:
-            return None
-        tier, _, entry = max(waiting, key=lambda item: item[:2])
-        return tier, entry
+    def last_tier(self) -> float:
+        """The tier that would be served last; below all others when nobody waits."""
+        return max(self._tiers, default=-math.inf)
+
+    def last(self) -> T:
+        """Who would be served last."""
+        return max((item for item in self._heap if item[1] not in self._gone), key=lambda item: item[:2])[2]
 
     def pop(self) -> T:
         """Takes out who is next."""
-        entry = heapq.heappop(self._heap)[2]
+        tier, _, entry = heapq.heappop(self._heap)
+        self._leave(tier)
         self._drop_gone()
         return entry
+
+    def _leave(self, tier: int) -> None:
+        self._tiers[tier] -= 1
+        if not self._tiers[tier]:
+            del self._tiers[tier]
 
     def _drop_gone(self) -> None:
         """Keeps the head of the heap one that waits."""

@@ -165,7 +165,7 @@ class RelayedStream:
             sampling = replace(self.request.sampling, num_prompt_logprobs=None)  # the first output brought them
             self.request = replace(self.request, output_token_ids=list(self._token_ids), sampling=sampling)
             self.like = info
-        self.request = replace(self.request, seq_id=self._home.new_seq_id())
+        self.request = replace(self.request, seq_id=self._home.new_seq_id(), waited_s=0.0)
         if not self._home.take_back(self):
             self._is_closed = True
             raise error

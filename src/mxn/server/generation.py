@@ -154,6 +154,7 @@ class GenerationEndpoint(ABC):
                 param="prompt",
             )
         require_ready(served.deployment)
+        served.deployment.check_line(request.priority or 0)
         answer = self.answer_kind(
             answer_id=self.id_prefix + secrets.token_hex(16),
             created_s=int(time.time()),

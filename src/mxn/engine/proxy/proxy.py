@@ -158,7 +158,7 @@ class Proxy:
         while self._waiting and len(self._streams) < self._max_num_seqs:
             _, _, request, arrived_s = heapq.heappop(self._waiting)
             self.stats.num_started += 1
-            self.stats.queue_s += time.monotonic() - arrived_s
+            self.stats.queue_s += time.monotonic() - arrived_s + request.waited_s
             self._start(request)
         self.stats.num_running, self.stats.num_waiting = len(self._streams), len(self._waiting)
         if self._outputs:
