@@ -50,9 +50,9 @@ class Oracle:
     ) -> tuple[NDArray[np.int64], list[float], float] | None:
         index = block.demands[0]
         demand = self.instance.problem.demands[index]
-        if demand.load == 0 and demand.min_replicas == 0:
-            return np.zeros(len(costs), dtype=np.int64), [0.0], 0.0
         covers, lowers = self.instance.covers[block.first : block.last], self.goal.lowers_of(block)
+        if demand.load == 0 and demand.min_replicas == 0:
+            return lowers, [0.0], float(costs @ lowers)
         given = int(lowers.sum())
         mix = cheapest_mix(
             costs.tolist(),
@@ -72,6 +72,9 @@ class Oracle:
         self, block: Block, costs: Vector, uppers: NDArray[np.int64], room: Vector | None
     ) -> tuple[Pattern, float] | None:
         program = _GroupProgram(self.instance, self.goal, block, uppers)
+        for item, lower in enumerate(self.goal.lowers_of(block).tolist()):
+            if lower:
+                program.add({item: 1.0}, lower=float(lower))
         if room is not None:
             use = self.instance.use[block.first : block.last]
             for row in np.flatnonzero(use.any(axis=0)):

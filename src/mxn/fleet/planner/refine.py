@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mxn.fleet.planner.blocks import Block, Pattern
+from mxn.fleet.planner.blocks import Block, Goal, Pattern
 from mxn.fleet.planner.decomposition import Decomposition
 from mxn.fleet.planner.linear_program import InfeasibleError, Vector
 from mxn.fleet.planner.oracle import Oracle
@@ -62,7 +62,7 @@ def refine(
         columns.add(columns.price())
         mixed, used = columns.mix()
         open_part = mixed - columns.bound
-        if stalls == _MAX_STALLS or is_close(oracle, mixed, columns.bound, 0.1 * budget.target_gap):
+        if stalls == _MAX_STALLS or is_close(oracle.goal, mixed, columns.bound, 0.1 * budget.target_gap):
             break
         stalls = 0 if open_part < 0.98 * last else stalls + 1
         last = min(last, open_part)
@@ -118,7 +118,7 @@ def _descend(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, 
     instance, free = oracle.instance, np.zeros_like(prices)
     now, room = list(best), instance.limits - total_use(instance, best)
     for sweep in range(_MAX_SWEEPS):
-        if is_close(oracle, value_of(best), bound, budget.target_gap):
+        if is_close(oracle.goal, value_of(best), bound, budget.target_gap):
             break
         before, at = value_of(best), free if sweep % 2 else prices
         for i in sorted(range(len(now)), key=lambda i: -now[i].cost):
@@ -144,12 +144,12 @@ def _polish(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, b
     """
     instance = oracle.instance
     plain = np.array([i for i, block in enumerate(instance.blocks) if block.is_plain], dtype=np.int64)
-    if not len(plain) or not budget.attempts or is_close(oracle, value_of(best), bound, budget.target_gap):
+    if not len(plain) or not budget.attempts or is_close(oracle.goal, value_of(best), bound, budget.target_gap):
         return best
     lowest = np.array([answer[1] if (answer := oracle.cheapest(b, prices)) else 0.0 for b in instance.blocks])
     random, size, stalls = np.random.default_rng(1), _FIRST_SIZE, 0
     for _ in range(budget.attempts):
-        if stalls == _MAX_STALLS or is_close(oracle, value_of(best), bound, budget.target_gap):
+        if stalls == _MAX_STALLS or is_close(oracle.goal, value_of(best), bound, budget.target_gap):
             break
         regret = np.array([pattern.cost + float(pattern.use @ prices) for pattern in best]) - lowest
         is_tight = instance.limits - total_use(instance, best) < 0.02 * instance.limits
@@ -173,6 +173,6 @@ def _polish(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, b
     return best
 
 
-def is_close(oracle: Oracle, value: float, bound: float, target_gap: float) -> bool:
+def is_close(goal: Goal, value: float, bound: float, target_gap: float) -> bool:
     """Whether a value is within the target gap of its bound, or as good as on it."""
-    return value - bound <= max(oracle.goal.negligible, target_gap * abs(value))
+    return value - bound <= max(goal.negligible, target_gap * abs(value))

@@ -23,6 +23,7 @@ from mxn.fleet.planner.oracle import Oracle
 from mxn.fleet.planner.problem import Assignment, Problem
 from mxn.fleet.planner.refine import Budget, is_close, refine
 from mxn.fleet.planner.relaxation import relax
+from mxn.fleet.planner.repair import SERVED, repaired
 from mxn.fleet.planner.search import place_in_order, restated, value_of
 
 Effort = Literal["fast", "refined", "exact"]
@@ -32,8 +33,6 @@ _BUDGETS: dict[Effort, Budget] = {
     "refined": Budget(target_gap=1e-3, rounds=20, attempts=6),
     "exact": Budget(target_gap=1e-3, rounds=20, attempts=2),
 }
-_SERVED = 1e-4
-"""A share of load below this counts as nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +91,7 @@ class _Solver:
         relaxed = relax(self.instance, goal)
         patterns = None
         if not self._is_short(relaxed):
-            patterns = self._minimise("cost", goal, None, relaxed)
+            patterns = self._repair(goal, relaxed) or self._minimise("cost", goal, None, relaxed)
         if patterns is None or any(self._unserved(patterns).values()) or any(self._missing(patterns).values()):
             self.stages.clear()
             patterns = self._serve_tier_by_tier(patterns)
@@ -104,6 +103,18 @@ class _Solver:
             stages=tuple(self.stages),
             prices=dict(zip(self.instance.row_names, self.prices.tolist(), strict=True)),
         )
+
+    def _repair(self, goal: Goal, relaxed: Solution) -> list[Pattern] | None:
+        """What runs, with new replicas for who is short; None when nobody is or that is not enough."""
+        if not any(demand.running for demand in self.problem.demands):
+            return None
+        began_s = time.perf_counter()
+        prices = self._prices_of(relaxed)
+        patterns = repaired(self.instance, goal, prices, self.order)
+        if patterns is not None:
+            _, bound = self._bound(Oracle(self.instance, goal), prices)
+            self._report("cost", patterns, bound, prices, began_s, goal)
+        return patterns
 
     def _serve_tier_by_tier(self, patterns: list[Pattern] | None) -> list[Pattern]:
         """Service first, tier after tier, then cost among all plans that serve as much."""
@@ -125,44 +136,54 @@ class _Solver:
         """One stage. start: a solution found for another goal. relaxed: what `relax` found, when known already."""
         began_s = time.perf_counter()
         oracle, blocks = Oracle(self.instance, goal), self.instance.blocks
-        relaxed = relaxed or relax(self.instance, goal)
-        prices = np.maximum(0.0, -relaxed.prices[: len(self.instance.limits)])
-        answers = [self._cheapest(oracle, block, prices) for block in blocks]
-        bound = sum(lowest for _, lowest in answers) - float(prices @ self.instance.limits)
+        prices = self._prices_of(relaxed or relax(self.instance, goal))
+        cheapest, bound = self._bound(oracle, prices)
         best = restated(self.instance, goal, start) if start is not None else None
         if best is not None and not np.isfinite(value_of(best)):
             best = None
         try:
-            wanted = {block.first: pattern for block, (pattern, _) in zip(blocks, answers, strict=True)}
-            placed = place_in_order(oracle, self.order, prices, self.instance.limits, wanted)
+            placed = place_in_order(oracle, self.order, prices, self.instance.limits, cheapest)
             found = [placed[block.first] for block in blocks]
             best = found if best is None or value_of(found) < value_of(best) else best
         except InfeasibleError:
             if best is None:
                 raise
         budget = _BUDGETS[self.effort]
-        if not is_close(oracle, value_of(best), bound, budget.target_gap):
+        if not is_close(goal, value_of(best), bound, budget.target_gap):
             refined = refine(oracle, self.order, best, prices, bound, budget)
             best, bound, prices = refined.patterns, refined.bound, refined.prices
         if self.effort == "exact" and all(block.is_plain for block in blocks):
             settled = settle(oracle, best, prices)
             best, bound, prices = settled.patterns, max(bound, settled.bound), settled.prices
-        self.prices = prices
-        value = value_of(best)
-        gap = 0.0 if is_close(oracle, value, bound, 0.0) else (value - bound) / value
+        self._report(name, best, bound, prices, began_s, goal)
+        return best
+
+    def _report(
+        self, name: str, patterns: list[Pattern], bound: float, prices: Vector, began_s: float, goal: Goal
+    ) -> None:
+        """Notes what a stage found; the last one's prices are the plan's."""
+        value, bound, self.prices = value_of(patterns), max(0.0, bound), prices  # nothing costs less than nothing
+        gap = 0.0 if is_close(goal, value, bound, 0.0) else (value - bound) / value
         self.stages.append(
             StageReport(name=name, value=value, bound=bound, gap=gap, seconds=time.perf_counter() - began_s)
         )
-        return best
 
     # ------------------------------------------------------------------ helpers
 
-    def _cheapest(self, oracle: Oracle, block: Block, prices: Vector) -> tuple[Pattern, float]:
-        answer = oracle.cheapest(block, prices)
-        if answer is None:
-            names = ", ".join(self.problem.demands[d].name for d in block.demands)
-            raise InfeasibleError(f"no mix of options gives {names} what they must have")
-        return answer
+    def _prices_of(self, relaxed: Solution) -> Vector:
+        return np.maximum(0.0, -relaxed.prices[: len(self.instance.limits)])
+
+    def _bound(self, oracle: Oracle, prices: Vector) -> tuple[dict[int, Pattern], float]:
+        """Every block's cheapest pattern at these prices, by its first item, and the bound that they prove."""
+        cheapest, total = {}, -float(prices @ self.instance.limits)
+        for block in self.instance.blocks:
+            answer = oracle.cheapest(block, prices)
+            if answer is None:
+                names = ", ".join(self.problem.demands[d].name for d in block.demands)
+                raise InfeasibleError(f"no mix of options gives {names} what they must have")
+            cheapest[block.first] = answer[0]
+            total += answer[1]
+        return cheapest, total
 
     def _rank(self, block: Block) -> tuple[int, int, float, int]:
         """Blocks of higher tiers, then those with the least choice, then the largest, are placed first."""
@@ -174,11 +195,11 @@ class _Solver:
     def _is_short(self, relaxed: Solution) -> bool:
         """Whether even divisible replicas leave load unserved or replicas missing."""
         items, pieces = np.split(relaxed.values, [len(self.is_missing)])
-        return bool(pieces.max(initial=0.0) > _SERVED or items[self.is_missing].max(initial=0.0) > _SERVED)
+        return bool(pieces.max(initial=0.0) > SERVED or items[self.is_missing].max(initial=0.0) > SERVED)
 
     def _unserved(self, patterns: Sequence[Pattern]) -> dict[int, float]:
         return {
-            d: share if share > _SERVED else 0.0
+            d: share if share > SERVED else 0.0
             for block, pattern in zip(self.instance.blocks, patterns, strict=True)
             for d, share in zip(block.demands, pattern.unserved, strict=True)
         }
