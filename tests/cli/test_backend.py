@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mxn.cli.prepare import choose
 from mxn.core.model import LoadSettings, Model
 from mxn.errors import BackendError
+from mxn.fleet.choice import choose
 
 from .conftest import Mxn
 

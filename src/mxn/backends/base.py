@@ -349,6 +349,12 @@ class Backend(ABC):
         """
         return Quantity.unavailable("B", f"the {self.name} backend reads no memory meter")
 
+    def import_ahead(self) -> None:
+        """Imports what `load` will need. Runs in a replica's process that has no model yet and may never get one.
+
+        Nothing may be taken of a chip here.
+        """
+
     def load(
         self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress
     ) -> Executor | Embedder:

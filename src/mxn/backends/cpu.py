@@ -97,6 +97,9 @@ class CpuBackend(Backend):
     def memory_used(self, chip: Chip, pid: int) -> Quantity:
         return resident_bytes(pid)
 
+    def import_ahead(self) -> None:
+        import mxn.runner.cpu  # noqa: F401
+
     def load(
         self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress
     ) -> Executor | Embedder:

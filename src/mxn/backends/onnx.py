@@ -127,6 +127,9 @@ class OnnxBackend(Backend):
     def memory_used(self, chip: Chip, pid: int) -> Quantity:
         return resident_bytes(pid)
 
+    def import_ahead(self) -> None:
+        import mxn.runner.onnx.load  # noqa: F401
+
     def load(
         self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress
     ) -> Executor | Embedder:

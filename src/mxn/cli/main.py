@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mxn import __version__, errors
+from mxn.cli.apply import apply
 from mxn.cli.backend import backend
 from mxn.cli.bench import bench
 from mxn.cli.calibrate import calibrate
@@ -15,9 +16,11 @@ from mxn.cli.chat import chat
 from mxn.cli.chips import chips
 from mxn.cli.config import config
 from mxn.cli.console import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USAGE, show_error
+from mxn.cli.cordon import cordon, uncordon
 from mxn.cli.demo import demo
 from mxn.cli.diff import diff
 from mxn.cli.doctor import doctor
+from mxn.cli.drain import drain
 from mxn.cli.fit import fit
 from mxn.cli.models import models
 from mxn.cli.plan import plan
@@ -26,6 +29,7 @@ from mxn.cli.serve import serve
 from mxn.cli.simulate import simulate
 from mxn.cli.status import status
 from mxn.cli.top import top
+from mxn.cli.up import up
 
 EPILOG = (
     "Exit codes: 0 done, 1 failed, 2 wrong use or configuration, 3 not everything can be served (plan), "
@@ -60,7 +64,26 @@ def _root(
 ) -> None: ...
 
 
-for _command in (serve, chat, demo, plan, diff, simulate, fit, calibrate, report, status, top, chips, doctor):
+for _command in (
+    serve,
+    up,
+    chat,
+    demo,
+    plan,
+    diff,
+    simulate,
+    fit,
+    calibrate,
+    report,
+    status,
+    top,
+    apply,
+    drain,
+    cordon,
+    uncordon,
+    chips,
+    doctor,
+):
     app.command()(_command)
 app.add_typer(bench, name="bench")
 app.add_typer(models, name="models")

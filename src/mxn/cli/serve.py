@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mxn.cli.prepare import Prepared
+    import asyncio
+
     from mxn.cli.progress import Phases
     from mxn.config.deployments import DeploymentConfig, DeploymentsFile
     from mxn.core.model import Task
-    from mxn.engine.messages import ReplicaInfo
+    from mxn.fleet.deployment import Deployment
+    from mxn.fleet.desired import Wishes
     from mxn.fleet.fleet import Fleet
+    from mxn.fleet.keeper import Keeper
+    from mxn.fleet.spec import PlacementSpec
+    from mxn.fleet.state import RuntimeFolder
     from mxn.server.settings import ServerSettings
 
 
@@ -110,7 +115,8 @@ def serve(
         from mxn.cli.ray_serving import serve_on_ray
 
         raise typer.Exit(serve_on_ray(file, settings, where, file.cluster.ray.address, json_output=json_output))
-    raise typer.Exit(_run(file, settings, where, json_output=json_output))
+    source = Path(model) if model is not None and _is_file(model) else None
+    raise typer.Exit(_run(file, source, settings, where, json_output=json_output))
 
 
 def _stop_when_stdin_closes() -> None:
@@ -126,35 +132,52 @@ def _stop_when_stdin_closes() -> None:
     threading.Thread(target=watch, name="stdin", daemon=True).start()
 
 
-def _run(file: DeploymentsFile, settings: ServerSettings, where: tuple[str, int], *, json_output: bool) -> int:
+def _run(
+    file: DeploymentsFile,
+    source: Path | None,
+    settings: ServerSettings,
+    where: tuple[str, int],
+    *,
+    json_output: bool,
+) -> int:
     import asyncio
 
-    from mxn.cli.prepare import prepare
+    from mxn.cli.prepare import files_progress
     from mxn.cli.progress import Phases
+    from mxn.fleet.desired import Wishes
+    from mxn.fleet.state import RuntimeFolder
     from mxn.server.run import check_address
+    from mxn.store.fetch import fetch
 
     check_address(where[0], settings)
-    with Phases() as phases:
-        prepared = [prepare(d, phases, max_queue=file.server.max_queue) for d in file.deployments]
-        try:
-            return asyncio.run(_serve(prepared, settings, where, phases, json_output=json_output))
-        finally:
-            for one in prepared:
-                one.power.close()
+    folder = RuntimeFolder.of(source) if source is not None else None
+    try:
+        with Phases() as phases:
+            wishes = Wishes.fetched(file, lambda model: fetch(model, progress=files_progress(phases)))
+            return asyncio.run(_serve(wishes, folder, source, settings, where, phases, json_output=json_output))
+    finally:
+        if folder is not None:
+            folder.close()
 
 
 async def _serve(
-    prepared: list[Prepared], settings: ServerSettings, where: tuple[str, int], phases: Phases, *, json_output: bool
+    wishes: Wishes,
+    folder: RuntimeFolder | None,
+    source: Path | None,
+    settings: ServerSettings,
+    where: tuple[str, int],
+    phases: Phases,
+    *,
+    json_output: bool,
 ) -> int:
     """Opens the port at once, so that probes see the loading, and tells the user when it is done."""
     import asyncio
 
     from mxn.errors import BackendError
-    from mxn.fleet.fleet import Fleet
     from mxn.server.app import build_app
     from mxn.server.run import serve as serve_http
 
-    fleet = Fleet([one.spec for one in prepared])
+    fleet = await _fleet(wishes, folder, source, settings)
     url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()
     serving = asyncio.create_task(
@@ -170,16 +193,75 @@ async def _serve(
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             loading.cancel()
-        elif not any(deployment.is_ready for deployment in fleet.deployments):
+        elif not any(deployment.is_ready or deployment.state == "unloaded" for deployment in fleet.deployments):
             stop.set()
             await serving
             raise BackendError("; ".join(f"{d.name} could not be loaded: {d.reason}" for d in fleet.deployments))
         else:
             phases.finish()
-            _announce(fleet, prepared, await url, settings, json_output=json_output)
+            _announce(fleet, await url, settings, json_output=json_output)
+            if source is not None:
+                _reload_on_hangup(fleet, stop)
         return await serving
     finally:
         await fleet.stop(settings.drain_s)
+
+
+async def _fleet(wishes: Wishes, folder: RuntimeFolder | None, source: Path | None, settings: ServerSettings) -> Fleet:
+    """The fleet of a file, which takes over what an earlier server of it left; or the fleet of one model."""
+    import asyncio
+
+    from mxn.fleet.fleet import Fleet
+    from mxn.fleet.launchers.local import LocalLauncher
+    from mxn.fleet.spec import load_of
+
+    if folder is None:
+        return Fleet(await asyncio.to_thread(wishes), LocalLauncher(), resolve=wishes, drain_s=settings.drain_s)
+    wishes.pids = lambda: [record.pid for record in folder.state.replicas]
+    spec = await asyncio.to_thread(wishes, frozenset(folder.state.cordoned))
+    launcher = LocalLauncher(folder, adopt_s=wishes.file.cluster.adopt_s)
+    kept = [(one, placement) for one in spec.deployments if one.keep_loaded for placement in one.placements]
+    await launcher.keep_only([(load_of(one, placement), placement.environment) for one, placement in kept])
+    return Fleet(spec, launcher, folder=folder, source=source, resolve=wishes, drain_s=settings.drain_s)
+
+
+def _reload_on_hangup(fleet: Fleet, stop: asyncio.Event) -> None:
+    """Reads the file again on SIGHUP; ends as on SIGTERM when the signal says that the terminal is gone."""
+    import asyncio
+    import logging
+
+    from mxn.errors import MxnError
+
+    log = logging.getLogger("mxn.serve")
+    has_terminal = _has_terminal()
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def reload() -> None:
+        try:
+            await fleet.reload()
+            log.info("SIGHUP: the file was read again")
+        except MxnError as error:
+            log.error("SIGHUP: nothing was changed:\n%s", error)
+
+    def on_hangup() -> None:
+        if has_terminal and not _has_terminal():
+            stop.set()
+            return
+        task = asyncio.get_running_loop().create_task(reload())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
+
+
+def _has_terminal() -> bool:
+    import os
+
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 async def _load(fleet: Fleet, phases: Phases) -> None:
@@ -202,25 +284,28 @@ async def _load(fleet: Fleet, phases: Phases) -> None:
         starting.cancel()
 
 
-def _announce(fleet: Fleet, prepared: list[Prepared], url: str, settings: ServerSettings, *, json_output: bool) -> None:
+def _announce(fleet: Fleet, url: str, settings: ServerSettings, *, json_output: bool) -> None:
     """Tells what is served, what was chosen and how to use it."""
-    ready = [(d, one) for d, one in zip(fleet.deployments, prepared, strict=True) if d.info is not None]
     if json_output:
-        deployments = [_facts(d.name, d.info, one) for d, one in ready if d.info is not None]
-        print(json.dumps({"url": url, "deployments": deployments}), flush=True)
+        print(json.dumps({"url": url, "deployments": [_facts(d) for d in fleet.deployments]}), flush=True)
         return
     from mxn.cli.console import out, print_pairs
 
     console = out()
     for deployment in fleet.deployments:
-        if deployment.info is None:
+        if deployment.state == "unloaded":
+            console.print(f"\n{deployment.name} is loaded when it is first asked for", style="bold", markup=False)
+        elif not deployment.is_ready:
             console.print(f"{deployment.name} failed: {deployment.reason}", style="red", markup=False, soft_wrap=True)
-    for deployment, one in ready:
-        if deployment.info is None:
-            continue
-        console.print(f"\n{deployment.name} is served at {url}", style="bold", markup=False)
-        print_pairs(console, _lines(deployment.info, one))
-    route, question = _example(ready[0][0].name, ready[0][1].spec.model.spec.task)
+        elif deployment.trouble:
+            console.print(f"{deployment.name}: {deployment.trouble}", style="yellow", markup=False, soft_wrap=True)
+        ready = [keeper for keeper in deployment.keepers if keeper.replica is not None and keeper.replica.info]
+        for keeper in ready:
+            name = deployment.name if len(deployment.keepers) == 1 else keeper.id
+            console.print(f"\n{name} is served at {url}", style="bold", markup=False)
+            print_pairs(console, _lines(keeper))
+    first = next((d for d in fleet.deployments if d.is_ready), fleet.deployments[0])
+    route, question = _example(first.name, first.model.spec.task)
     key = ' -H "Authorization: Bearer $MXN_API_KEY"' if settings.api_keys else ""
     console.print("\nTry it:", markup=False)
     console.print(
@@ -239,36 +324,58 @@ def _example(model: str, task: Task) -> tuple[str, dict[str, Any]]:
     return "chat/completions", {"model": model, "temperature": 0, "messages": [message]}
 
 
-def _lines(info: ReplicaInfo, one: Prepared) -> list[tuple[str, str]]:
+def _lines(keeper: Keeper) -> list[tuple[str, str]]:
     from mxn.cli.console import size_text
 
-    chip = one.chip
+    info, placement = keeper.replica.info if keeper.replica else None, keeper.placement
+    if info is None:
+        return []
+    [chip, *others] = placement.chips
+    where = f"{chip.uid} ({chip.name}, {chip.cores} cores)" + "".join(f", {other.uid}" for other in others)
     threads = f", {info.threads} threads" if info.threads else ""
     blocks = f" = {info.num_blocks:,} blocks of {info.block_size} tokens" if info.num_blocks else ""
     seconds = "".join(f", {phase} {s:.1f}" for phase, s in info.load_s.items())
+    power = _power_of(placement)
     return [
-        ("backend", f"{info.backend} on {chip.uid} ({chip.name}, {chip.cores} cores{threads}): {one.why}"),
+        ("backend", f"{info.backend} on {where}{threads}: {placement.why}"),
         ("attention", info.attention),
         ("quantisation", f"{info.quantisation}, weights {size_text(info.weight_bytes)}"),
         ("program", info.program),
         ("context", f"{info.max_context:,} tokens; KV cache {size_text(info.kv_bytes)}{blocks}"),
-        ("power", f"{one.power.name} ({one.power.kind}): {one.power.detail}"),
+        ("power", f"{power['source']} ({power['kind']}): {power['detail']}"),
         ("loaded in", f"{sum(info.load_s.values()):.1f} s{seconds}"),
         *(("note", note) for note in info.notes),
     ]
 
 
-def _facts(name: str, info: ReplicaInfo | None, one: Prepared) -> dict[str, object]:
+def _facts(deployment: Deployment) -> dict[str, object]:
+    """A deployment and its first replica, whose facts stand for the others'; `replicas` names them all."""
     import msgspec
 
-    return {
-        "name": name,
-        "folder": one.spec.model.folder,
-        "chip": one.chip.uid,
-        "why": one.why,
-        "power": {"source": one.power.name, "kind": str(one.power.kind), "detail": one.power.detail},
-        **msgspec.to_builtins(info),
+    facts: dict[str, object] = {
+        "name": deployment.name,
+        "folder": deployment.model.folder,
+        "state": deployment.state,
+        "trouble": deployment.trouble,
+        "replicas": [keeper.id for keeper in deployment.keepers],
     }
+    keeper = next((keeper for keeper in deployment.keepers if keeper.replica and keeper.replica.info), None)
+    if keeper is None or keeper.replica is None:
+        return facts
+    placement = keeper.placement
+    about = {"chip": placement.chips[0].uid, "why": placement.why, "power": _power_of(placement)}
+    return {**facts, **about, **msgspec.to_builtins(keeper.replica.info)}
+
+
+def _power_of(placement: PlacementSpec) -> dict[str, str]:
+    """What meters the placement's first chip."""
+    from mxn.backends.registry import load_backend
+
+    power = load_backend(placement.backend).power(placement.chips[0])
+    try:
+        return {"source": power.name, "kind": str(power.kind), "detail": power.detail}
+    finally:
+        power.close()
 
 
 def _is_file(model: str | None) -> bool:

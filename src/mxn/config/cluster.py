@@ -74,6 +74,8 @@ class ClusterConfig(Checked):
     backends: tuple[BackendConfig, ...] = ()
     launcher: Literal["local", "ray"] = "local"
     """Where replicas run: as processes of this machine, or on a Ray cluster, whose nodes stand for `nodes` then."""
+    adopt_s: Annotated[float, Field(ge=0, le=86_400)] = 30.0
+    """With the launcher local: how long replicas keep their models for the next server when theirs is gone."""
     ray: RayConfig = RayConfig()
     """For the launcher ray."""
 

@@ -15,8 +15,14 @@ from mxn.engine.stats import EngineStats
 # ---------------------------------------------------------------- gateway -> replica
 
 
+class Prepare(msgspec.Struct, tag=True):
+    """Before `Load`, perhaps long before: import what this backend needs to load a model."""
+
+    backend: str
+
+
 class Load(msgspec.Struct, tag=True, kw_only=True):
-    """First message: what to load, through which backend, on which chips.
+    """What to load, through which backend, on which chips.
 
     chip_share: the share of the chips' energy that this replica answers for; below 1 when others run on them too.
     """
@@ -151,7 +157,7 @@ class ChipLost(msgspec.Struct, tag=True):
     message: str
 
 
-ToReplica = Load | Start | Abort | ResetPrefixCache | ReportBlocks | Stop
+ToReplica = Prepare | Load | Start | Abort | ResetPrefixCache | ReportBlocks | Stop
 ToGateway = LoadPhase | Ready | LoadFailed | StepDone | BlocksChanged | Alive | ChipLost
 ReplicaState = Literal["unloaded", "starting", "loading", "ready", "draining", "failed", "stopped"]
 

@@ -39,6 +39,7 @@ from mxn.engine.messages import (
     Load,
     LoadFailed,
     LoadPhase,
+    Prepare,
     Ready,
     ReplicaInfo,
     ReportBlocks,
@@ -103,6 +104,9 @@ def run(channel: ReplicaChannel, door: Door | None = None) -> int:
     door: where another gateway may come in when this one has gone; without one the replica ends with its gateway.
     """
     first = channel.receive()
+    if isinstance(first, Prepare):
+        _import_ahead(first.backend)
+        first = channel.receive()
     if not isinstance(first, Load):
         return 0  # the gateway left before it said what to load
     try:
@@ -278,6 +282,13 @@ def _handle(engine: Engine | EmbeddingEngine, message: ToReplica) -> list[Sequen
     elif isinstance(message, ReportBlocks) and isinstance(engine, Engine):
         engine.placement.report_changes()
     return []
+
+
+def _import_ahead(name: str) -> None:
+    try:
+        load_backend(name).import_ahead()
+    except Exception as error:  # told when a model is to be loaded, should it matter then
+        log.warning("imports ahead of a model failed: %s: %s", type(error).__name__, error)
 
 
 def _is_wanted(channel: ReplicaChannel, door: Door | None) -> bool:

@@ -61,6 +61,7 @@ class Supervisor:
     """Desired against actual.
 
     cordoned: chips on which nothing is started, each with the reason.
+    resolve: makes the plan again when chips come or go; without it what can still run does.
     """
 
     def __init__(self, launcher: Launcher, *, folder: RuntimeFolder | None = None, drain_s: float = 30.0) -> None:
@@ -70,7 +71,7 @@ class Supervisor:
         self._folder = folder
         self._drain_s = drain_s
         self._spec = FleetSpec(deployments=())
-        self._resolve: Resolve | None = None
+        self.resolve: Resolve | None = None
         self._deployments: dict[str, list[Deployment]] = {}
         self._members: dict[str, Member] = {}
         self._waiting: dict[str, str] = {}
@@ -155,16 +156,17 @@ class Supervisor:
         """Makes a new plan and goes over to it. Raises: MxnError when it cannot be; what was wanted stays so then."""
         async with self._planned():
             spec, tokenizers = await asyncio.to_thread(self._prepare, resolve)
-            self._resolve = resolve
+            self.resolve = resolve
             self._drained.clear()
             self.want(spec, tokenizers)
+        await self._next_step()
         return spec
 
     async def cordon(self, chip: str, reason: str = "cordoned by hand") -> None:
         """Nothing is started on the chip any more; what runs there goes on until the next plan."""
         self.cordoned[chip] = reason
         self._save()
-        self._poke()
+        await self._next_step()
 
     async def uncordon(self, chip: str) -> None:
         """The chip may be used again. Raises: ConfigError when it was not cordoned."""
@@ -194,7 +196,7 @@ class Supervisor:
             known = sorted({*self._deployments, *self._members, *self._chips()})
             raise ConfigError(f'nothing is called "{name}"; there are: {", ".join(known)}')
         self._drained |= {(name, "")} if name in self._deployments else {(m.deployment.name, m.key) for m in found}
-        self._poke()
+        await self._next_step()
         return [m.keeper.id for m in found]
 
     # ------------------------------------------------------------------ life
@@ -445,7 +447,7 @@ class Supervisor:
 
     async def _plan_again(self) -> None:
         """Solves the plan for the chips that may be used now; where that fails, what can still run does."""
-        resolve = self._resolve
+        resolve = self.resolve
         if resolve is not None:
             async with self._planned():
                 try:
@@ -456,7 +458,7 @@ class Supervisor:
                     self._spec = replace(self._spec, shortfalls=shortfalls)
                 else:
                     self.want(spec, tokenizers)
-        self._poke()
+        await self._next_step()
 
     def _prepare(self, resolve: Resolve) -> tuple[FleetSpec, dict[str, Tokenizer]]:
         spec = resolve(frozenset(self.cordoned))
@@ -498,6 +500,12 @@ class Supervisor:
         if self._folder is not None:
             self._folder.state.cordoned = dict(self.cordoned)
             self._folder.save()
+
+    async def _next_step(self) -> None:
+        """Returns when the loop has taken notice."""
+        self._poke()
+        if self._loop is not None and not self._loop.done():
+            await self._changed.wait()
 
     def _poke(self) -> None:
         self._wake.set()

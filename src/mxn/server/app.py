@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from mxn import __version__
 from mxn.server.admin import AdminRoutes, DetokenizeEndpoint, TokenizeEndpoint
+from mxn.server.control import ControlRoutes
 from mxn.server.embeddings import EmbeddingsEndpoint
 from mxn.server.errors import ErrorAnswer
 from mxn.server.gate import Gate
@@ -58,6 +59,7 @@ def build_app(fleet: Fleet, settings: ServerSettings) -> FastAPI:
 def _routes(gateway: Gateway) -> list[Route]:
     """Plain routes: FastAPI's own would cost more than the whole way to the engine."""
     admin = AdminRoutes(gateway)
+    control = ControlRoutes(gateway)
     schema = openapi_schema()
 
     async def openapi(request: Request) -> Response:
@@ -75,6 +77,10 @@ def _routes(gateway: Gateway) -> list[Route]:
         Route("/readyz", admin.readyz),
         Route("/metrics", admin.metrics),
         Route("/v1/mxn/status", admin.status),
+        Route("/v1/mxn/apply", control.apply, methods=["POST"]),
+        Route("/v1/mxn/drain", control.drain, methods=["POST"]),
+        Route("/v1/mxn/cordon", control.cordon, methods=["POST"]),
+        Route("/v1/mxn/uncordon", control.uncordon, methods=["POST"]),
         Route("/openapi.json", openapi),
     ]
 

@@ -8,6 +8,7 @@ import msgspec
 from pydantic.json_schema import models_json_schema
 
 from mxn import __version__
+from mxn.server.control import ApplyRequest, CordonRequest, DrainRequest
 from mxn.server.openai import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 
 _ERROR = {
@@ -32,6 +33,10 @@ _POSTS = (
     ("/v1/embeddings", EmbeddingRequest, "A vector for each text", False),
     ("/tokenize", TokenizeRequest, "Token ids of a text or conversation", False),
     ("/detokenize", DetokenizeRequest, "Text of token ids", False),
+    ("/v1/mxn/apply", ApplyRequest, "Go over to what a file on the server's disk says", False),
+    ("/v1/mxn/drain", DrainRequest, "Empty a chip, a deployment or a replica", False),
+    ("/v1/mxn/cordon", CordonRequest, "Start nothing on a chip any more", False),
+    ("/v1/mxn/uncordon", CordonRequest, "Use a chip again", False),
 )
 _GETS = (
     ("/v1/models", "Models that are served", "application/json"),
@@ -42,13 +47,13 @@ _GETS = (
     ("/metrics", "Prometheus metrics", "text/plain"),
     ("/openapi.json", "This document", "application/json"),
 )
-_POST_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
+_POST_ERRORS = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 _OPEN = ("/livez", "/readyz")
 
 
 def openapi_schema() -> bytes:
     """The document as JSON."""
-    kinds = [(kind, "validation") for _, kind, _, _ in _POSTS]
+    kinds = [(kind, "validation") for kind in dict.fromkeys(kind for _, kind, _, _ in _POSTS)]
     refs, definitions = models_json_schema(kinds, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
     for path, kind, summary, streams in _POSTS:

@@ -41,16 +41,20 @@ class Gateways:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.replicas: list[Replica] = []
+        self.launcher: LocalLauncher | None = None
         self._folder: RuntimeFolder | None = None
 
     def next(self, adopt_s: float = 20.0) -> LocalLauncher:
         """A new gateway's launcher; the one before is gone as after kill -9: its sockets and its lock are closed."""
         for replica in self.replicas:
             replica._link.writer.close()
+        for spare in self.launcher._spares.values() if self.launcher is not None else ():
+            spare.result().link.writer.close()
         if self._folder is not None:
             self._folder.close()
         self._folder = RuntimeFolder(self.path)
-        return LocalLauncher(self._folder, adopt_s=adopt_s)
+        self.launcher = LocalLauncher(self._folder, adopt_s=adopt_s)
+        return self.launcher
 
     @property
     def records(self) -> list[ReplicaRecord]:
@@ -170,6 +174,24 @@ async def test_the_log_of_a_lasting_replica_explains_its_end(gateways: Gateways,
     assert "signal 9" in replica.end_reason
     await until(lambda: not gateways.records)
     assert sorted(path.name for path in gateways.path.iterdir()) == ["lock", "state.json"]
+
+
+async def test_a_spare_process_takes_the_next_model_and_another_takes_its_place(
+    gateways: Gateways, fake_deployment: Make
+) -> None:
+    launcher = gateways.next()
+    launcher.keep_spares(["fake"])
+    spare = await launcher._spares["fake"]
+    replica = await gateways.start(launcher, load_of(fake_deployment()))
+    assert pid_of(replica) == spare.process.pid
+    assert await tokens_of(replica, 1)
+    following = await launcher._spares["fake"]
+    assert following.process.pid != spare.process.pid
+    [record] = gateways.records
+    assert record.pid == spare.process.pid
+    assert (await gateways.start(gateways.next(), load_of(fake_deployment()))).info == replica.info  # taken over
+    await asyncio.wait_for(following.process.wait(), 10)  # a spare one ends with its gateway
+    launcher.keep_spares([])
 
 
 async def test_the_folder_is_private_and_held_by_one_gateway(gateways: Gateways, fake_deployment: Make) -> None:

@@ -7,16 +7,18 @@ Unix socket in a folder that only its user can enter.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from mxn.config.environment import child_environment
 from mxn.engine.channel import pack
-from mxn.engine.messages import Load, Stop, load_key
+from mxn.engine.messages import Load, Prepare, Stop, load_key
 from mxn.errors import BackendError, MxnError
 from mxn.fleet.launchers.lasting import AdoptedProcess, LogTail, StartedProcess, connect, end_process
 from mxn.fleet.replica import Replica, ReplicaLink
@@ -41,6 +43,7 @@ class LocalLauncher:
 
     folder: makes them last instead: they keep their models for `adopt_s` seconds after this gateway's end, and those
     that an earlier gateway left in the folder are taken over by `start` where they run just what is asked for.
+    With `keep_spares`, processes without a model wait that have imported all it takes to load one.
     """
 
     def __init__(self, folder: RuntimeFolder | None = None, *, adopt_s: float = 30.0) -> None:
@@ -48,6 +51,10 @@ class LocalLauncher:
         self._adopt_s = adopt_s
         self._orphans = {record.pid: record for record in folder.state.replicas} if folder is not None else {}
         self._watchers: set[asyncio.Task[None]] = set()
+        self._spares: dict[str, asyncio.Task[_Begun]] = {}
+        self._spare_backends: frozenset[str] = frozenset()
+        if folder is not None:
+            _tidy(folder)
 
     async def start(
         self, load: Load, on_phase: Callable[[str, float], None], environment: Mapping[str, str]
@@ -60,7 +67,29 @@ class LocalLauncher:
             adopted = await self._adopt(self._folder, record, load, on_phase)
             if adopted is not None:
                 return adopted
-        return await Replica.start(await self._launch(self._folder, load, key, environment), load, on_phase)
+        begun = await self._begin(self._folder, load.backend, environment)
+        self._enter(self._folder, begun, load, key)
+        try:
+            return await Replica.start(begun.link, load, on_phase)
+        finally:
+            self._fill_spares()
+
+    def keep_spares(self, backends: Iterable[str]) -> None:
+        """Has one process wait for each of these backends, for starts with no environment of their own."""
+        self._spare_backends = frozenset(backends)
+        self._fill_spares()
+
+    async def close(self) -> None:
+        """Ends the spare processes."""
+        self._spare_backends = frozenset()
+        spares, self._spares = list(self._spares.values()), {}
+        for spare in spares:
+            with contextlib.suppress(MxnError, OSError):
+                begun = await spare
+                begun.process.kill()
+                await begun.process.wait()
+                begun.link.writer.close()
+        await asyncio.gather(*self._watchers)
 
     async def keep_only(self, wanted: Iterable[tuple[Load, Mapping[str, str]]]) -> None:
         """Ends what an earlier gateway left and none of these starts would take over; returns when it is gone."""
@@ -93,38 +122,34 @@ class LocalLauncher:
         self._watch(folder, record, process)
         return replica
 
-    async def _launch(self, folder: RuntimeFolder, load: Load, key: str, environment: Mapping[str, str]) -> ReplicaLink:
-        name = os.urandom(4).hex()
-        tail = LogTail(folder.path / f"{name}.log", from_end=False)
-        listener = socket.socket(socket.AF_UNIX)
-        ours = socket.socket(socket.AF_UNIX)
-        try:
-            listener.bind(str(folder.path / f"{name}.sock"))
-            listener.listen(1)
-            ours.connect(str(folder.path / f"{name}.sock"))  # the kernel holds it until the process takes it
-            ours.setblocking(False)
-            arguments = ["--door", str(listener.fileno()), str(self._adopt_s)]
-            child = await _start(arguments, environment, listener, tail.fileno)
-            started = process_start(child.pid) or ""
-            record = ReplicaRecord(
-                pid=child.pid,
-                started=started,
-                key=key,
-                model=load.model.name,
-                socket=f"{name}.sock",
-                log=f"{name}.log",
-            )
-            process = StartedProcess(child, tail)
-            folder.state.replicas.append(record)
-            folder.save()
-            self._watch(folder, record, process)
-        except BaseException:
-            ours.close()
-            await tail.finish()
-            raise
-        finally:
-            listener.close()
-        return ReplicaLink(process, *await asyncio.open_connection(sock=ours))
+    async def _begin(self, folder: RuntimeFolder, backend: str, environment: Mapping[str, str]) -> _Begun:
+        """A process that may be told what to load: a spare one if there is one, else a new one."""
+        if not environment and backend in self._spares:
+            with contextlib.suppress(MxnError, OSError):
+                spare = await self._spares.pop(backend)
+                if spare.process.returncode is None:
+                    return spare
+        return await _begin(folder, environment, self._adopt_s)
+
+    def _enter(self, folder: RuntimeFolder, begun: _Begun, load: Load, key: str) -> None:
+        """Puts a process that gets a model into the state, until it ends."""
+        record = ReplicaRecord(
+            pid=begun.process.pid,
+            started=process_start(begun.process.pid) or "",
+            key=key,
+            model=load.model.name,
+            socket=f"{begun.name}.sock",
+            log=f"{begun.name}.log",
+        )
+        folder.state.replicas.append(record)
+        folder.save()
+        self._watch(folder, record, begun.process)
+
+    def _fill_spares(self) -> None:
+        if self._folder is None:
+            return
+        for backend in self._spare_backends - self._spares.keys():
+            self._spares[backend] = asyncio.create_task(_begin_spare(self._folder, backend, self._adopt_s))
 
     async def _end(self, folder: RuntimeFolder, record: ReplicaRecord) -> None:
         """Ends a process that an earlier gateway left: politely, then not; and never one that is not that process."""
@@ -155,6 +180,42 @@ class LocalLauncher:
         task = asyncio.create_task(watch())
         self._watchers.add(task)
         task.add_done_callback(self._watchers.discard)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A lasting process and the gateway's end of its connection. name: of its socket and log."""
+
+    name: str
+    process: StartedProcess
+    link: ReplicaLink
+
+
+async def _begin(folder: RuntimeFolder, environment: Mapping[str, str], adopt_s: float) -> _Begun:
+    name = os.urandom(4).hex()
+    tail = LogTail(folder.path / f"{name}.log", from_end=False)
+    listener = socket.socket(socket.AF_UNIX)
+    ours = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(str(folder.path / f"{name}.sock"))
+        listener.listen(1)
+        ours.connect(str(folder.path / f"{name}.sock"))  # the kernel holds it until the process takes it
+        ours.setblocking(False)
+        arguments = ["--door", str(listener.fileno()), str(adopt_s)]
+        process = StartedProcess(await _start(arguments, environment, listener, tail.fileno), tail)
+    except BaseException:
+        ours.close()
+        await tail.finish()
+        raise
+    finally:
+        listener.close()
+    return _Begun(name, process, ReplicaLink(process, *await asyncio.open_connection(sock=ours)))
+
+
+async def _begin_spare(folder: RuntimeFolder, backend: str, adopt_s: float) -> _Begun:
+    begun = await _begin(folder, {}, adopt_s)
+    begun.link.writer.write(pack(Prepare(backend)))
+    return begun
 
 
 async def launch(environment: Mapping[str, str] | None = None) -> ReplicaLink:
@@ -200,6 +261,14 @@ def _key(load: Load, environment: Mapping[str, str]) -> str:
 async def _until_gone(record: ReplicaRecord) -> None:
     while process_start(record.pid) == record.started:
         await asyncio.sleep(0.02)
+
+
+def _tidy(folder: RuntimeFolder) -> None:
+    """Removes sockets and logs that belong to no replica, such as those of an earlier gateway's spare processes."""
+    known = {name for record in folder.state.replicas for name in (record.socket, record.log)}
+    for path in (*folder.path.glob("*.sock"), *folder.path.glob("*.log")):
+        if path.name not in known:
+            path.unlink(missing_ok=True)
 
 
 def _forget(folder: RuntimeFolder, record: ReplicaRecord) -> None:
