@@ -349,7 +349,7 @@ class Backend(ABC):
         """
         return Quantity.unavailable("B", f"the {self.name} backend reads no memory meter")
 
-    def import_ahead(self) -> None:
+    def import_ahead(self) -> None:  # noqa: B027  (a backend may well have nothing to import)
         """Imports what `load` will need. Runs in a replica's process that has no model yet and may never get one.
 
         Nothing may be taken of a chip here.
