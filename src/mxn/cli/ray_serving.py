@@ -73,7 +73,7 @@ async def _serve(
         phases("plan", 0.0)
         await controller.start()
         phases("plan", 1.0)
-        await _until_ready(controller, phases, stop)
+        await _until_ready(controller, where, phases, stop)
         phases.finish()
         _announce(controller, where, json_output=json_output)
         keeping = asyncio.create_task(controller.keep())
@@ -89,18 +89,33 @@ async def _serve(
         await controller.stop()
 
 
-async def _until_ready(controller: RayController, phases: Phases, stop: asyncio.Event) -> None:
-    """Returns when every group has a replica. Raises: BackendError when nothing can be started."""
+async def _until_ready(controller: RayController, where: tuple[str, int], phases: Phases, stop: asyncio.Event) -> None:
+    """Returns when every group has a replica and this node's gateway knows. Raises: BackendError when none starts."""
     while not stop.is_set():
         running = await controller.num_running()
         failures = await controller.failures()
         waiting = [app for app in controller.groups if not running.get(app) and app not in failures]
         phases("replicas", 1 - len(waiting) / len(controller.groups))
-        if not waiting and await controller.has_gateways():
-            if failures and len(failures) >= len(controller.groups):
+        if not waiting:
+            if all(app in failures for app in controller.groups):
                 raise BackendError("; ".join(f"{app}: {reason}" for app, reason in failures.items()))
-            return
+            started = {group.deployment for app, group in controller.groups.items() if app not in failures}
+            if await _gateway_is_ready(where, len(started)):
+                return
         await asyncio.sleep(_LOOK_S)
+
+
+async def _gateway_is_ready(where: tuple[str, int], num_deployments: int) -> bool:
+    """True when the gateway of this node has so many deployments ready."""
+    import httpx
+
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(where[0], where[0])
+    url = f"http://{f'[{host}]' if ':' in host else host}:{where[1]}/readyz"
+    async with httpx.AsyncClient(trust_env=False, timeout=2.0) as client:
+        with contextlib.suppress(httpx.HTTPError):
+            told = (await client.get(url)).json()["deployments"]
+            return len([one for one in told if one["is_ready"]]) >= num_deployments
+    return False
 
 
 def _announce(controller: RayController, where: tuple[str, int], *, json_output: bool) -> None:

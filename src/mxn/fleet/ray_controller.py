@@ -80,8 +80,8 @@ class RayController:
         """Takes the gateways away, then the replicas; running requests finish."""
         for task in self._leaving:
             task.cancel()
-        for app in (GATEWAYS, *self.groups):
-            await asyncio.to_thread(serve.delete, app)
+        await asyncio.to_thread(serve.delete, GATEWAYS)
+        await asyncio.gather(*(asyncio.to_thread(serve.delete, app) for app in self.groups))
 
     async def failures(self) -> dict[str, str]:
         """By Serve application, why its replicas cannot be started; empty while nothing has failed."""
@@ -100,12 +100,6 @@ class RayController:
             for name, app in status.applications.items()
             if name in self.groups and HOST in app.deployments
         }
-
-    async def has_gateways(self) -> bool:
-        """True when a gateway listens."""
-        status = await asyncio.to_thread(serve.status)
-        app = status.applications.get(GATEWAYS)
-        return app is not None and any(d.replica_states.get("RUNNING", 0) for d in app.deployments.values())
 
     async def _plan(self) -> None:
         """Goes over to a plan for the nodes that are alive: new groups first, old ones go once those are ready."""

@@ -23,6 +23,9 @@ _HEALTH_CHECK_S = 1.0
 _MANY = 1_000_000
 """Calls at once that Serve lets through: mxn's own line is in front of it."""
 
+_LOGGING = {"enable_access_log": False}
+"""A line for every call would cost as much as the call."""
+
 _DOWNSCALE_S = 60.0
 _UPSCALE_S = 3.0
 _LOOK_BACK_S = 10.0
@@ -39,16 +42,16 @@ def host_application(group: ReplicaGroup, drain_s: float) -> Any:
         .options(
             name=HOST,
             **_version(msgspec.to_builtins(replace(group, replicas=0, min_replicas=0, max_replicas=0))),
-            num_replicas=None if _scales(group) else group.replicas,
-            autoscaling_config=_autoscaling(group) if _scales(group) else None,
+            **({"autoscaling_config": _autoscaling(group)} if _scales(group) else {"num_replicas": group.replicas}),
             max_ongoing_requests=_MANY,
             ray_actor_options={
                 "num_cpus": 0,
                 "num_gpus": group.chips if group.uses_ray_gpus else 0,
                 "resources": resources,
-                "label_selector": dict(group.selector),
                 "runtime_env": environment,
+                **({"label_selector": dict(group.selector)} if group.selector else {}),
             },
+            logging_config=_LOGGING,
             request_router_config=RequestRouterConfig(
                 request_router_class="mxn.fleet.launchers.ray.router:AddressedRouter",
             ),
@@ -74,6 +77,7 @@ def gateway_application(
             max_replicas_per_node=1,
             user_config={"groups": groups},
             ray_actor_options={"num_cpus": 0},
+            logging_config=_LOGGING,
             health_check_period_s=_HEALTH_CHECK_S,
             health_check_timeout_s=10.0,
             graceful_shutdown_timeout_s=drain_s + 5.0,

@@ -20,6 +20,7 @@ import msgspec
 import ray
 from ray import serve
 
+from mxn.backends.host import usable_cores
 from mxn.backends.registry import load_backend
 from mxn.core.request import FinishReason, SequenceOutput
 from mxn.engine.channel import messages_of, pack
@@ -66,6 +67,8 @@ class ReplicaHost:
     group: a `ReplicaGroup` as msgspec's builtins, since Serve keeps it.
     """
 
+    _watch: asyncio.Task[None] | None = None
+
     async def __init__(self, group: dict[str, object]) -> None:  # type: ignore[misc]  # Serve awaits it
         self._group = msgspec.convert(group, ReplicaGroup)
         self._gateways: dict[str, _Gateway] = {}
@@ -73,7 +76,10 @@ class ReplicaHost:
         self._latencies = LatencyWindow(self._group.ttft_s, self._group.tpot_s)
         context = ray.get_runtime_context()
         load, self._lease = await asyncio.to_thread(_prepare, self._group, context.get_node_id())
-        self._replica = await LocalLauncher().start(load, _log_phase, {})
+        self._replica = await LocalLauncher().start(load, _log_phase, _variables(self._group))
+        if self._replica.info is not None:
+            chips = ", ".join(chip.uid for chip in load.chips)
+            self._replica.info.notes.append(f"node {_node_name(context)}, chips {chips}")
         self._blocks: set[bytes] = set()
         self._replica.watch_blocks(self._note_blocks)
         welcome = Welcome(serve.get_replica_context().replica_id.unique_id, os.getpid(), _node_name(context))
@@ -190,6 +196,8 @@ class ReplicaHost:
         os._exit(1)
 
     async def __del__(self) -> None:  # Serve awaits it when it stops a replica
+        if self._watch is None:
+            return  # it never came up
         self._watch.cancel()
         await self._replica.stop(_LAST_WORDS_S)
         self._lease.release()
@@ -278,6 +286,12 @@ def _prepare(group: ReplicaGroup, node: str) -> tuple[Load, ChipLease]:
         chip_share=min(1.0, group.chips),
     )
     return load, lease
+
+
+def _variables(group: ReplicaGroup) -> dict[str, str]:
+    """Ray gives its processes one OpenMP thread; the replica decides for itself how many of the cores it takes."""
+    own = group.runtime_env.get("env_vars")
+    return {"OMP_NUM_THREADS": str(usable_cores()), **(own if isinstance(own, dict) else {})}
 
 
 def _node_name(context: Any) -> str:

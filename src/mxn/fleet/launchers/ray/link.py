@@ -14,7 +14,7 @@ from ray import serve
 from mxn.engine.messages import Load, Stop
 from mxn.errors import ReplicaDiedError
 from mxn.fleet.launchers.ray.group import APP, HOST, Welcome
-from mxn.fleet.launchers.ray.router import routable
+from mxn.fleet.launchers.ray.routes import routable
 from mxn.fleet.replica import Replica, ReplicaLink
 
 _LOOK_S = 0.25

@@ -43,7 +43,7 @@ class RayNode:
         options = [
             *("--head", f"--port={port}", f"--node-ip-address={_LOOPBACK}"),
             *(f"--dashboard-host={_LOOPBACK}", f"--dashboard-port={dashboard}"),
-            "--ray-client-server-port=0",
+            f"--ray-client-server-port={_free_port()}",
         ]
         return cls(address, _start(options, resources))._until_up()
 

@@ -1,4 +1,4 @@
-"""Takes a call through a Serve handle to the replica that it names, and says which replicas Serve routes to.
+"""Takes a call through a Serve handle to the replica that it names, and notes which replicas Serve routes to.
 
 Which replica gets a request is decided by mxn's own router, which knows prefixes, queues and joules. What is left to
 decide in the handle is only which replica a gateway that has room for another one is joined to.
@@ -8,13 +8,7 @@ from __future__ import annotations
 
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-_routable: dict[str, frozenset[str]] = {}
-"""Replicas by application, as Serve last told this process's routers, which it makes and hands to nobody."""
-
-
-def routable(app: str) -> frozenset[str]:
-    """Ids of the replicas that Serve routes to: started, healthy, not about to be stopped."""
-    return _routable.get(app, frozenset())
+from mxn.fleet.launchers.ray.routes import note_routable
 
 
 class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's class has no types that we check against
@@ -30,6 +24,17 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's class has n
             return [[r for r in candidate_replicas if r.replica_id.unique_id == address]]
         return [[r for r in candidate_replicas if r.replica_id.unique_id not in address]]
 
+    async def _select_from_candidate_replicas(
+        self, candidates: list[RunningReplica], backoff_index: int
+    ) -> RunningReplica | None:
+        """The first one, at once. Serve's own way asks replicas for the length of a queue that they do not have."""
+        return candidates[0] if candidates else None
+
+    @property
+    def supports_rejection_protocol(self) -> bool:
+        """No: mxn's line is in front, so a replica takes whatever is sent to it."""
+        return False
+
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        _routable[self._deployment_id.app_name] = frozenset(r.replica_id.unique_id for r in replicas)
+        note_routable(self._deployment_id.app_name, (r.replica_id.unique_id for r in replicas))
         super().update_replicas(replicas)
