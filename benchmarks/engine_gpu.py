@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,12 @@ class Machine:
         for note in executor.info.notes:
             say(f"    {note}")
         limits = {"max_num_seqs": settings.max_num_seqs, "max_step_tokens": settings.max_step_tokens}
-        return Engine(executor, EngineSettings(**limits, fingerprint=model.name))
+        self.settings = EngineSettings(**limits, fingerprint=model.name)
+        return Engine(executor, self.settings)
+
+    def one_step_at_a_time(self, engine: Engine) -> Engine:
+        """The same executor under an engine that prepares a step only when the one before is in."""
+        return Engine(engine.executor, replace(self.settings, looks_ahead=False))
 
 
 def generate(engine: Engine, requests: Sequence[tuple[list[int], int]], temperature: float) -> list[list[int]]:
@@ -292,6 +297,8 @@ def measured_part(machine: Machine, work: Work, folder: Path, *, repeats: int, h
         say(f"  {work.name}: {line_of(facts['runs'][-1])}")
     middle = statistics.median(run["output_tokens_s"] for run in facts["runs"])
     facts["output_tokens_s"] = middle
+    facts["one_step_at_a_time"] = one_run(machine, machine.one_step_at_a_time(engine), work)
+    say(f"  {work.name}, one step at a time: {line_of(facts['one_step_at_a_time'])}")
     engine.executor.close()
     del engine
     if not machine.is_dry:
