@@ -169,3 +169,13 @@ def test_status_of_one_deployment_shows_its_details(mxn: Mxn, server: Serving) -
     ran = mxn("status", "other", "--url", server.url)
     assert ran.code == 1
     assert "it has tiny" in ran.err
+
+
+def test_explain_says_where_and_why(mxn: Mxn, server: Serving) -> None:
+    ran = mxn("explain", "--url", server.url, "--prompt", "hello")
+    assert ran.code == 0, ran.err
+    assert "fake-0 through fake" in ran.out
+    assert "> tiny/0" in ran.out
+    ran = mxn("explain", "other", "--url", server.url)
+    assert ran.code == 1
+    assert "does not exist" in ran.err

@@ -45,6 +45,30 @@ def test_every_replica_is_told_with_its_chip_state_and_reason(start_server: Star
     assert chips["fake-1"]["power_source"] == "scripted (simulated)"
 
 
+def test_explain_tells_why_and_where_a_prompt_would_go(start_server: Start, fake_deployment: Make) -> None:
+    spec = fake_deployment("good", options={"step_ms": 5})
+    [placement] = spec.placements
+    placements = [
+        replace(placement, id=f"good/{i}", why=f"reason {i}", chips=[replace(placement.chips[0], uid=f"fake-{i}")])
+        for i in range(2)
+    ]
+    server = start_server(replace(spec, placements=placements))
+    server.wait_for(lambda: all(keeper.is_ready for keeper in server.deployment("good").keepers))
+    prompt = "x" * 64
+    for _ in range(6):  # the first go to both, until a replica is known to hold the prompt
+        server.post("/v1/completions", {"model": "good", "prompt": prompt, "max_tokens": 20, "ignore_eos": True})
+    found = server.post("/v1/mxn/explain", {"model": "good", "prompt": prompt}).json()
+    assert [p["why"] for p in found["placements"]] == ["reason 0", "reason 1"]
+    assert found["placements"][0]["measured"].keys() == {"output_tokens_per_s", "joules_per_token"}
+    routing = {one["replica"]: one for one in found["routing"]}
+    assert routing.keys() == {"good/0", "good/1"}
+    [chosen] = [one for one in routing.values() if one["is_chosen"]]
+    assert chosen["first_token_s"] == min(one["first_token_s"] for one in routing.values())
+    assert chosen["cached_tokens"] >= 48
+    assert "routing" not in server.post("/v1/mxn/explain", {"model": "good"}).json()
+    assert server.post("/v1/mxn/explain", {"model": "other"}).status_code == 404
+
+
 async def test_the_phases_of_a_start_sum_to_the_time_it_took(fake_deployment: Make) -> None:
     spec = fake_deployment(options={"load_ms": 300})
     deployment = Deployment(spec, Tokenizer.load(spec.model.folder))

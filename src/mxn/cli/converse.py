@@ -99,10 +99,19 @@ def http_client(api_key: str | None = None) -> httpx.Client:
 
 def get_json(client: httpx.Client, url: str) -> Any:
     """The JSON at `url`. Raises: UnavailableError or BackendError when there is none."""
+    return _json_of(client, "GET", url)
+
+
+def post_json(client: httpx.Client, url: str, body: dict[str, Any]) -> Any:
+    """The JSON that answers `body`. Raises: UnavailableError or BackendError when there is none."""
+    return _json_of(client, "POST", url, body)
+
+
+def _json_of(client: httpx.Client, method: str, url: str, body: dict[str, Any] | None = None) -> Any:
     import httpx
 
     try:
-        response = client.get(url)
+        response = client.request(method, url, json=body)
         if response.status_code >= 400:
             raise BackendError(f"{url}: {error_text(response.status_code, response.content)}")
         return response.json()

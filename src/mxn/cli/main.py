@@ -21,6 +21,7 @@ from mxn.cli.demo import demo
 from mxn.cli.diff import diff
 from mxn.cli.doctor import doctor
 from mxn.cli.drain import drain
+from mxn.cli.explain import explain
 from mxn.cli.fit import fit
 from mxn.cli.models import models
 from mxn.cli.plan import plan
@@ -77,6 +78,7 @@ for _command in (
     report,
     status,
     top,
+    explain,
     apply,
     drain,
     cordon,

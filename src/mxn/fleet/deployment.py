@@ -15,7 +15,7 @@ from mxn.engine.messages import ReplicaInfo, ReplicaState
 from mxn.engine.stats import EngineStats
 from mxn.engine.tokenizer import Tokenizer
 from mxn.errors import BackendError, OverloadedError, RequestError, UnavailableError
-from mxn.fleet.dispatch import Dispatch
+from mxn.fleet.dispatch import Dispatch, Weighed
 from mxn.fleet.keeper import Keeper
 from mxn.fleet.launchers.base import Launcher
 from mxn.fleet.launchers.local import LocalLauncher
@@ -210,6 +210,12 @@ class Deployment:
                 priority=priority,
                 fallback_seed=random.getrandbits(63) if is_drawn else None,
             )
+        )
+
+    def weigh(self, prompt_token_ids: list[int], sampling: SamplingParams, *, cache_salt: str = "") -> list[Weighed]:
+        """How the router sees every ready replica for such a sequence now. Begins nothing."""
+        return self._dispatch.weigh(
+            SequenceRequest(seq_id=0, prompt_token_ids=prompt_token_ids, sampling=sampling, cache_salt=cache_salt)
         )
 
     async def embed(self, texts: Sequence[list[int]], *, max_open: int) -> list[SequenceOutput]:

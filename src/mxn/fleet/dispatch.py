@@ -7,7 +7,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from mxn.core.request import SequenceRequest
@@ -19,7 +19,7 @@ from mxn.fleet.meter import Meter
 from mxn.fleet.prefixes import PrefixIndex, prompt_heads
 from mxn.fleet.relay import RelayedStream
 from mxn.fleet.replica import RunningReplica
-from mxn.fleet.router import Candidate, Work, choose
+from mxn.fleet.router import Candidate, Work, choose, first_token_s
 from mxn.fleet.spec import DeploymentSpec
 
 _AHEAD_SHARE = 8
@@ -30,6 +30,17 @@ _OUTPUT_TOKENS = 128.0
 
 _TOKENS_PER_S = 1000.0
 """Capacity supposed while neither a measurement nor a plan tells: equal for all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weighed:
+    """A replica as the router sees it for one request. first_token_s: when its first token is to be expected."""
+
+    replica_id: str
+    candidate: Candidate
+    first_token_s: float
+    has_room: bool
+    is_chosen: bool
 
 
 class _Post:
@@ -131,6 +142,26 @@ class Dispatch:
         for relay in [*self._returning, *(relay for relay, _ in self._line)]:
             self.leave(relay)
             relay.refuse(relay.loss or UnavailableError(why))
+
+    def weigh(self, request: SequenceRequest) -> list[Weighed]:
+        """How the router sees every ready replica for this request at the moment. Sends nothing anywhere."""
+        posts = [post for post in self._posts.values() if post.keeper.is_ready]
+        if not posts:
+            return []
+        work = self._work_of(request)
+        candidates, _ = self._candidates(posts, request)
+        open_ones = [index for index, post in enumerate(posts) if post.has_room]
+        best = open_ones[choose([candidates[i] for i in open_ones], work)] if open_ones else None
+        return [
+            Weighed(
+                replica_id=post.keeper.id,
+                candidate=candidate,
+                first_token_s=first_token_s(candidate, work),
+                has_room=post.has_room,
+                is_chosen=index == best,
+            )
+            for index, (post, candidate) in enumerate(zip(posts, candidates, strict=True))
+        ]
 
     # ------------------------------------------------------------------ for relayed streams
 
@@ -271,6 +302,15 @@ class Dispatch:
         )
 
     def _choose(self, posts: list[_Post], request: SequenceRequest, work: Work) -> _Post:
+        candidates, heads = self._candidates(posts, request)
+        post = posts[choose(candidates, work)]
+        post.prefixes.expect(heads[post.prefixes.fingerprint, post.prefixes.block_size])
+        return post
+
+    def _candidates(
+        self, posts: Iterable[_Post], request: SequenceRequest
+    ) -> tuple[list[Candidate], dict[tuple[str, int], list[bytes]]]:
+        """What is known of each replica for this request, and hashes of its prompt by kind of prefix cache."""
         now_s = time.monotonic()
         heads: dict[tuple[str, int], list[bytes]] = {}
         candidates = []
@@ -281,9 +321,7 @@ class Dispatch:
                 heads[key] = prompt_heads(*key, request.cache_salt, request.prompt_token_ids)
             post.meter.note(post.replica.stats)
             candidates.append(self._candidate(post, index.num_cached_tokens(heads[key]), now_s))
-        post = posts[choose(candidates, work)]
-        post.prefixes.expect(heads[post.prefixes.fingerprint, post.prefixes.block_size])
-        return post
+        return candidates, heads
 
     def _candidate(self, post: _Post, cached_tokens: int, now_s: float) -> Candidate:
         meter, placement = post.meter, post.keeper.placement

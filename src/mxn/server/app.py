@@ -17,6 +17,7 @@ from mxn.server.admin import AdminRoutes, DetokenizeEndpoint, TokenizeEndpoint
 from mxn.server.control import ControlRoutes
 from mxn.server.embeddings import EmbeddingsEndpoint
 from mxn.server.errors import ErrorAnswer
+from mxn.server.explain import ExplainEndpoint
 from mxn.server.gate import Gate
 from mxn.server.gateway import Gateway
 from mxn.server.generation import ChatEndpoint, CompletionEndpoint
@@ -81,6 +82,7 @@ def _routes(gateway: Gateway) -> list[Route]:
         Route("/v1/mxn/drain", control.drain, methods=["POST"]),
         Route("/v1/mxn/cordon", control.cordon, methods=["POST"]),
         Route("/v1/mxn/uncordon", control.uncordon, methods=["POST"]),
+        Route("/v1/mxn/explain", ExplainEndpoint(gateway), methods=["POST"]),
         Route("/openapi.json", openapi),
     ]
 

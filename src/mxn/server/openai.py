@@ -162,6 +162,14 @@ class TokenizeRequest(Checked):
     chat_template_kwargs: TemplateKwargs = {}
 
 
+class ExplainRequest(Checked):
+    """POST /v1/mxn/explain. prompt: a text for which the router's view is asked."""
+
+    model: str | None = Field(default=None, min_length=1, max_length=512)
+    prompt: str | None = None
+    max_tokens: int | None = Field(default=128, ge=1, le=INT32_MAX)
+
+
 class DetokenizeRequest(Checked):
     """POST /detokenize, in vLLM's shape."""
 

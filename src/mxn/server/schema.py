@@ -9,7 +9,14 @@ from pydantic.json_schema import models_json_schema
 
 from mxn import __version__
 from mxn.server.control import ApplyRequest, CordonRequest, DrainRequest
-from mxn.server.openai import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
+from mxn.server.openai import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    ExplainRequest,
+    TokenizeRequest,
+)
 
 _ERROR = {
     "type": "object",
@@ -23,6 +30,7 @@ _ERROR = {
                 "type": {"type": "string"},
                 "param": {"type": ["string", "null"]},
                 "code": {"type": ["string", "null"]},
+                "request_id": {"type": "string"},
             },
         }
     },
@@ -37,6 +45,7 @@ _POSTS = (
     ("/v1/mxn/drain", DrainRequest, "Empty a chip, a deployment or a replica", False),
     ("/v1/mxn/cordon", CordonRequest, "Start nothing on a chip any more", False),
     ("/v1/mxn/uncordon", CordonRequest, "Use a chip again", False),
+    ("/v1/mxn/explain", ExplainRequest, "Why a deployment runs as it does, and where a prompt would go", False),
 )
 _GETS = (
     ("/v1/models", "Models that are served", "application/json"),
