@@ -13,6 +13,7 @@ import sys
 import time
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+WHOLE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 TOKEN = b'data: {"id":"cmpl-1","object":"text_completion","choices":[{"index":0,"text":" a","finish_reason":null}]}\n\n'
 HAS_STAMPS = "--stamps" in sys.argv[1:]
 CHUNK = b"%x\r\n%s\r\n" % (len(TOKEN), TOKEN)
@@ -27,9 +28,12 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
             count = request["max_tokens"]
             read_s = time.monotonic()
             usage = b'{"prompt_tokens":30,"completion_tokens":%d}' % count
-            if not request["stream"]:
-                body = b'{"choices":[{"text":" a"}],"usage":%s}' % usage
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            if not request.get("stream"):
+                body = (
+                    b'{"id":"cmpl-1","object":"text_completion","created":1,"model":"bare","choices":[%s],"usage":%s}'
+                )
+                body %= (b'{"index":0,"text":" a","finish_reason":"length"}', usage)
+                writer.write(WHOLE_HEAD % len(body) + body)
                 continue
             writer.write(HEAD)
             for number in range(count):
