@@ -88,9 +88,11 @@ async def test_a_stream_survives_two_deaths_and_the_last_output_claims_no_joules
             while len(tokens) < count:
                 tokens += (await anext(stream)).token_ids
             kill(holder(deployment))
+        assert deployment.num_moves == 1
         outputs: list[SequenceOutput] = [output async for output in stream]
         assert tokens + [t for output in outputs for t in output.token_ids] == expected
         assert outputs[-1].energy_j is None
+        assert deployment.num_moves == 2
 
 
 async def test_an_unseeded_stream_goes_on_because_the_gateway_drew_its_seed(fake_deployment: Make) -> None:

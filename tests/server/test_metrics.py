@@ -99,7 +99,7 @@ def test_series_grow_with_replicas_and_deployments_only(start_server: Start, fak
     own = [
         name for name, labels in samples(server) if "replica=" in labels or name.startswith(("mxn_deploy", "mxn_repl"))
     ]
-    assert len(own) <= 11 * 2 + 33 * 4
+    assert len(own) <= 12 * 2 + 33 * 4
     assert len({labels for name, labels in samples(server) if name == "mxn_replica_ready"}) == 4
 
 

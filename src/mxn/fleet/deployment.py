@@ -181,6 +181,11 @@ class Deployment:
         """Sequences that wait for a replica to have room."""
         return self._dispatch.num_waiting
 
+    @property
+    def num_moves(self) -> int:
+        """Sequences that lost their replica and went to look for another, so far."""
+        return self._dispatch.num_moves
+
     def check_line(self, priority: int) -> None:
         """Raises what `submit` would raise now because of the line, so that nobody works on a request in vain."""
         self._dispatch.check(priority)

@@ -78,12 +78,14 @@ class Dispatch:
     Few sequences more than a replica runs at once are sent to it, so that those who wait can still go to whichever
     replica is free first, and are told when the wait is too long.
     keepers: those of the deployment as they are now. accepts: whether a sequence may wait though nothing is ready.
+    num_moves: sequences that went back into line because their replica ended, so far.
     """
 
     def __init__(
         self, spec: DeploymentSpec, keepers: Callable[[], Iterable[Keeper]], accepts: Callable[[], bool]
     ) -> None:
         self.spec = spec
+        self.num_moves = 0
         self._keepers = keepers
         self._accepts = accepts
         self._posts: dict[str, _Post] = {}
@@ -167,6 +169,7 @@ class Dispatch:
 
     def take_back(self, relay: RelayedStream) -> bool:
         """Finds a sequence another replica, before all who have none yet."""
+        self.num_moves += 1
         if self._place(relay):
             return True
         if not self._has_hope():

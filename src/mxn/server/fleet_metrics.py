@@ -1,7 +1,7 @@
 """Gauges and counters of deployments, replicas and chips, read from the fleet when Prometheus asks.
 
 Labels: model, replica (a placement's id, the same across restarts), chip, state, phase of a start. A fleet of D
-deployments and R replicas makes at most 11 D + 33 R series here, whatever clients send.
+deployments and R replicas makes at most 12 D + 33 R series here, whatever clients send.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ def _deployments(deployments: list[Deployment]) -> Iterator[Metric]:
         "mxn_deployment_waiting", "Sequences in the deployment's line, which no replica has yet.", labels=["model"]
     )
     restarts = CounterMetricFamily("mxn_deployment_restarts", "Starts of replicas beyond the first.", labels=["model"])
+    moves = CounterMetricFamily(
+        "mxn_deployment_moves", "Sequences that lost their replica on the way.", labels=["model"]
+    )
     replicas = GaugeMetricFamily("mxn_replicas", "Replicas in each state.", labels=["model", "state"])
     for deployment in deployments:
         name = deployment.name
@@ -90,10 +93,11 @@ def _deployments(deployments: list[Deployment]) -> Iterator[Metric]:
         stalled.add_metric([name], float(deployment.is_stalled))
         waiting.add_metric([name], deployment.num_waiting)
         restarts.add_metric([name], deployment.num_restarts)
+        moves.add_metric([name], deployment.num_moves)
         states = Counter(keeper.state for keeper in deployment.keepers)
         for state in get_args(ReplicaState):
             replicas.add_metric([name, state], states[state])
-    yield from (ready, stalled, waiting, restarts, replicas)
+    yield from (ready, stalled, waiting, restarts, moves, replicas)
 
 
 def _replicas(keepers: list[tuple[str, Keeper]]) -> Iterator[Metric]:

@@ -429,13 +429,17 @@ async def test_a_killed_server_is_told_by_its_signal(serve: Make) -> None:
             await outputs_of(stream)
 
 
-async def test_a_hung_server_is_not_ready(serve: Make) -> None:
+async def test_a_server_that_stops_in_the_middle_of_an_answer_is_ended_and_started_again(serve: Make) -> None:
     async with running(serve("--hang-after", "3", stall_s=0.3)) as [deployment]:
-        stream = deployment.submit([1], plain(max_tokens=500))
-        await until(lambda: deployment.is_stalled)
-        assert not deployment.is_ready
-        stream.abort()
-        await until(lambda: deployment.is_ready)
+        with pytest.raises(ReplicaDiedError):
+            await outputs_of(deployment.submit([1], plain(max_tokens=500)))
+        await until(lambda: deployment.num_restarts == 1 and deployment.is_ready)
+
+
+async def test_a_server_that_answers_is_not_taken_for_hung_during_a_long_prompt(serve: Make) -> None:
+    async with running(serve("--token-ms", "7000", stall_s=6.5)) as [deployment]:
+        assert text_of(await outputs_of(deployment.submit([1], plain(max_tokens=1)))) == letters(expected([1], 1))
+        assert deployment.num_restarts == 0
 
 
 async def test_a_server_that_runs_elsewhere_is_watched(serve: Make) -> None:

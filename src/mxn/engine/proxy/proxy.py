@@ -49,6 +49,11 @@ class _Stream:
     has_ended: bool = False
     task: asyncio.Task[None] | None = None
 
+    @property
+    def has_only_prompt(self) -> bool:
+        """True while nothing of its output has come."""
+        return not (self.num_tokens or self.uncounted or self.has_ended)
+
 
 class Proxy:
     """Passes sequences to a server and its outputs back, at most `max_num_seqs` at once, in order of priority.
@@ -390,14 +395,18 @@ class Proxy:
                 self._report([])
 
     async def _watch(self) -> None:
-        """Looks after a server that mxn did not start, whose end nobody reports."""
-        if self._server.is_own:
-            return
+        """Asks a server now and then whether it answers: one that mxn did not start, since nobody reports its end, and
+        any that works on a prompt: its steps are not seen, so an answer is what tells a long prompt from a hang."""
         num_failed = 0
         while num_failed < _CHECKS_FAILED:
             await asyncio.sleep(_CHECK_S)
+            has_prompt = any(stream.has_only_prompt for stream in self._streams.values())
+            if self._server.is_own and not has_prompt:
+                continue
             answers = await asyncio.to_thread(self._server.is_answering)
-            num_failed = 0 if answers else num_failed + 1
+            if answers and has_prompt:
+                self._report([])
+            num_failed = 0 if answers or self._server.is_own else num_failed + 1
         self._finish(ServerDiedError(f"{self._server.name} has not answered {_CHECKS_FAILED} checks in a row"))
 
     def _fail(self) -> None:
