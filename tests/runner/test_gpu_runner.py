@@ -61,7 +61,14 @@ class PlainDecode:
 def load_on_chip() -> Callable[..., Any]:
     """Loads a model as fp32 over the reference attention, with graphs stood in for."""
 
-    def load_it(model: Model, *, has_graphs: bool = True, accelerator: Any = None, **settings: Any) -> GpuRunner:
+    def load_it(
+        model: Model,
+        *,
+        has_graphs: bool = True,
+        accelerator: Any = None,
+        takes_steps_ahead: bool = True,
+        **settings: Any,
+    ) -> GpuRunner:
         chip = accelerator or HostAccelerator()
         chosen = LoadSettings(**({"block_size": 4, "max_num_seqs": 8} | settings))
         plan = LoadPlan(
@@ -80,6 +87,7 @@ def load_on_chip() -> Callable[..., Any]:
                 max_num_seqs=chosen.max_num_seqs,
                 sampler="reference",
                 waits_for_graphs=True,
+                takes_steps_ahead=takes_steps_ahead,
             ),
         )
         return load_runner(model, chosen, plan, lambda phase, fraction: None)
@@ -386,6 +394,8 @@ def test_looking_ahead_can_be_switched_off(make_model: Any, load_on_chip: Any) -
 
     _, model = make_model("llama")
     runner = load_on_chip(model)
+    assert "the next step is prepared while the chip runs one" in runner.notes
     assert type(chip_executor(runner)).submit is not Executor.submit
-    runner.takes_steps_ahead = False
+    runner = load_on_chip(model, takes_steps_ahead=False)
+    assert "one step at a time: as set" in runner.notes
     assert type(chip_executor(runner)).submit is Executor.submit

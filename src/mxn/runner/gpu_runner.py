@@ -77,6 +77,9 @@ class GpuRunner(TorchRunner):
         self._accelerator, self._plan_step, self._sampler = accelerator, plan_step, sampler
         self._draws_on_chip = self.vocab_size <= MAX_VOCABULARY
         self.takes_steps_ahead = takes_steps_ahead and self._draws_on_chip
+        why_not = "as set" if self._draws_on_chip else f"a vocabulary over {MAX_VOCABULARY} is drawn from on the host"
+        ahead = "the next step is prepared while the chip runs one"
+        self.notes += (ahead if self.takes_steps_ahead else f"one step at a time: {why_not}",)
         self._drawn = DrawnTokens(accelerator, max(max_num_seqs, _WARM_UP_ROWS))
         self._waits_for_graphs = waits_for_graphs
         self.num_eager = self.num_replayed = self.num_shared = 0
