@@ -76,7 +76,8 @@ async def slow_readers(setup: Setup) -> Report:
     report = Report()
     count = setup.count(200, at_least=20)
     # One more than there are slow ones, so that the others still have a place in every step.
-    fields = {**_small(setup), "max_num_seqs": count + 16}
+    fields = {"kv_gib": 0.01, **_small(setup), "max_num_seqs": count + 16}
+    num_tokens = 7000 if setup.is_fake else 900
     with FaultServer(setup.config(setup.deployment(step_ms=2, **fields))) as server:
         load = Load(server.url, MODEL, num_clients=2, num_tokens=50)
         await load.learn()
@@ -85,7 +86,7 @@ async def slow_readers(setup: Setup) -> Report:
         alone_s, load.answers = load.longest_gap_s(), []
         before = server.memory_mib()["gateway"]
         stop = asyncio.Event()
-        readers = [asyncio.create_task(_read_slowly(server, stop)) for _ in range(count)]
+        readers = [asyncio.create_task(_read_slowly(server, num_tokens, stop)) for _ in range(count)]
         highest = before
         async with load.running():
             end_s = time.monotonic() + setup.seconds(45, at_least=5)
@@ -186,7 +187,7 @@ async def _offer(server: FaultServer, rate: float, seconds: float) -> dict[str, 
     }
 
 
-async def _read_slowly(server: FaultServer, stop: asyncio.Event) -> None:
+async def _read_slowly(server: FaultServer, num_tokens: int, stop: asyncio.Event) -> None:
     """One client with a small buffer that takes a byte a second of a long answer."""
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -194,7 +195,7 @@ async def _read_slowly(server: FaultServer, stop: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     try:
         await loop.sock_connect(raw, ("127.0.0.1", server.port))
-        await loop.sock_sendall(raw, _request("tell a long story", 900, stream=True))
+        await loop.sock_sendall(raw, _request("tell a long story", num_tokens, stream=True))
         while not stop.is_set():
             if not await asyncio.wait_for(loop.sock_recv(raw, 1), 10):
                 break

@@ -107,9 +107,9 @@ async def chip(setup: Setup) -> Report:
     if not setup.is_fake:
         report.skip("only a simulated chip can be taken away")
         return report
-    server = FaultServer({}, variables={"MXN_FAKE_CHIPS": "2"})
+    server = FaultServer({}, variables={"MXN_FAKE_CHIPS": "simulated,simulated"})
     lost = server.folder / "lost"
-    server.configure(setup.replicas(1, options={"chip_lost_file": str(lost)}))
+    server.configure(setup.replicas(1, options={"lost_chip_file": str(lost)}))
     with server:
         load = await _loaded(server, num_clients=8)
         async with load.running():

@@ -12,6 +12,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,12 +56,14 @@ class FakeOptions:
     script: comma-separated token ids to answer with, repeated; without it the hash decides.
     raise_on, nan_on, oom_on: a token id that makes the step raise, fails its sequence, or does not fit.
     die_after, hang_after, lose_chip_after: after so many steps the process ends, sleeps for ever, or loses its chip.
+    lost_chip_file: a file that may come to be; the chip whose uid it holds is lost from then on.
     fail_load: text of an error to raise while loading.
     ahead: "on" takes steps ahead, as a chip does that works apart from the host.
     """
 
-    def __init__(self, options: tuple[tuple[str, str], ...]) -> None:
+    def __init__(self, options: tuple[tuple[str, str], ...], chip: str = "fake-0") -> None:
         values = dict(options)
+        self.chip = chip
         self.step_s = float(values.pop("step_ms", 0)) / 1e3
         self.token_s = float(values.pop("token_us", 0)) / 1e6
         self.load_s = float(values.pop("load_ms", 0)) / 1e3
@@ -71,6 +74,7 @@ class FakeOptions:
         self.die_after = int(values.pop("die_after", 0))
         self.hang_after = int(values.pop("hang_after", 0))
         self.lose_chip_after = int(values.pop("lose_chip_after", 0))
+        self.lost_chip_file = Path(file) if (file := values.pop("lost_chip_file", "")) else None
         self.fail_load = values.pop("fail_load", "")
         self.takes_steps_ahead = values.pop("ahead", "off") == "on"
         if values:
@@ -84,13 +88,17 @@ class FakeOptions:
             os._exit(17)
         if self.hang_after and num_steps > self.hang_after:
             time.sleep(3600)
-        if self.lose_chip_after and num_steps > self.lose_chip_after:
-            raise ChipError("chip fake-0 is lost: it stopped answering")
+        if (self.lose_chip_after and num_steps > self.lose_chip_after) or self._is_chip_lost():
+            raise ChipError(f"chip {self.chip} is lost: it stopped answering")
         for text in texts:
             if self.raise_on in text:
                 raise RuntimeError(f"the fake chip cannot compute token {self.raise_on}")
             if self.oom_on in text:
                 raise OutOfMemoryError("the step needs 2 GiB; the fake chip has 1 GiB free")
+
+    def _is_chip_lost(self) -> bool:
+        file = self.lost_chip_file
+        return file is not None and file.exists() and file.read_text().strip() == self.chip
 
     def seconds(self, num_tokens: int) -> float:
         """How long a step of so many tokens takes."""
@@ -370,7 +378,7 @@ class FakeBackend(Backend):
     def load(
         self, model: Model, settings: LoadSettings, chips: Sequence[Chip], progress: LoadProgress
     ) -> Executor | Embedder:
-        options = FakeOptions(settings.options)
+        options = FakeOptions(settings.options, chips[0].uid)
         for i in range(1, 5):
             time.sleep(options.load_s / 4)
             progress("weights", i / 4)
