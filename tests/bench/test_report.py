@@ -1,7 +1,11 @@
 from dataclasses import replace
+from io import StringIO
+
+from rich.console import Console
 
 from mxn.bench.metrics import Spread
-from mxn.bench.report import cells, compared_groups, comparison, matrix, to_markdown
+from mxn.bench.records import Skipped
+from mxn.bench.report import cells, compared_groups, comparison, grids_of, matrix, to_markdown, to_rich
 from mxn.bench.workloads import WORKLOADS
 from mxn.core.quantity import Provenance
 
@@ -77,3 +81,13 @@ def test_sides_of_one_run_are_compared_whatever_they_call_the_model() -> None:
     assert any("The sides call their models tiny, m" in note for note in grid.notes)
     assert [name for name, _ in compared_groups([replace(in_turns, took_turns=False)])] == ["tiny", "m"]
     assert [name for name, _ in compared_groups([in_turns, in_turns])] == ["tiny", "m"]
+
+
+def test_reasons_of_skipped_cells_are_whole_on_a_narrow_terminal() -> None:
+    reason = "the server backend needs one of two options: command, with {port} where the port goes, or url"
+    skipped = Skipped(model="a-model", backend="server", quantisation="auto", reason=reason)
+    console = Console(width=80, file=StringIO())
+    console.print(to_rich(grids_of(replace(report(record()), skipped=(skipped,)))[-1]))
+    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "a-model server auto" in text
+    assert all(word in text for word in reason.split())

@@ -16,7 +16,8 @@ from mxn.core.quantity import Provenance, Quantity
 if TYPE_CHECKING:
     from rich.table import Table
 
-_TEXT_COLUMNS = ("Model", "Backend", "Workload", "Figure", "Arm", "Power")
+_TEXT_COLUMNS = ("Model", "Backend", "Quantisation", "Workload", "Figure", "Arm", "Power", "Why")
+_WRAPPED_COLUMNS = ("Backend", "Why")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +226,7 @@ def to_rich(grid: Grid) -> Table:
     )
     for column in grid.columns:
         if column in _TEXT_COLUMNS:
-            table.add_column(column, no_wrap=column != "Backend")
+            table.add_column(column, no_wrap=column not in _WRAPPED_COLUMNS)
         else:  # a word to a line: the column is then as narrow as its figures, and 80 characters hold the table
             table.add_column(column.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in grid.rows:
