@@ -354,6 +354,13 @@ async def test_a_cold_model_that_cannot_be_loaded_turns_its_line_away(
     await ask(red, stand.launcher)
 
 
+async def test_a_request_that_waited_too_long_is_told_how_far_loading_is(stand: Stand) -> None:
+    await stand.go(fleet_of(cold("red", 4, max_wait_s=0.1)))
+    stand.launcher.load_s = 0.5
+    with pytest.raises(UnavailableError, match=r'"red" has none that is ready yet \(weights, 50%\)'):
+        await ask(stand.deployment("red"), stand.launcher)
+
+
 async def test_the_longest_unused_model_makes_room(stand: Stand) -> None:
     await stand.go(fleet_of(cold("red", 4), cold("green", 4), cold("blue", 4)))
     for name in ("red", "green", "red"):

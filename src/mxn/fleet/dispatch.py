@@ -19,7 +19,7 @@ from mxn.fleet.meter import Meter
 from mxn.fleet.prefixes import PrefixIndex, prompt_heads
 from mxn.fleet.relay import RelayedStream
 from mxn.fleet.replica import RunningReplica
-from mxn.fleet.router import Candidate, Work, choose, first_token_s
+from mxn.fleet.router import Candidate, Work, choose, first_tokens_s
 from mxn.fleet.spec import DeploymentSpec
 
 _AHEAD_SHARE = 8
@@ -153,12 +153,13 @@ class Dispatch:
         work = self._work_of(request)
         candidates, _ = self._candidates(posts, request)
         open_ones = [index for index, post in enumerate(posts) if post.has_room]
+        first_s = first_tokens_s(candidates, work)
         best = open_ones[choose([candidates[i] for i in open_ones], work)] if open_ones else None
         return [
             Weighed(
                 replica_id=post.keeper.id,
                 candidate=candidate,
-                first_token_s=first_token_s(candidate, work),
+                first_token_s=first_s[index],
                 has_room=post.has_room,
                 is_chosen=index == best,
             )
@@ -250,7 +251,14 @@ class Dispatch:
                 )
             )
         else:
-            relay.refuse(UnavailableError(f'the request {waited}; model "{name}" has none that is ready'))
+            relay.refuse(
+                UnavailableError(f'the request {waited}; model "{name}" has none that is ready{self._progress()}')
+            )
+
+    def _progress(self) -> str:
+        """How far a replica that is loading is."""
+        loading = [keeper for keeper in self._keepers() if keeper.state == "loading" and keeper.load_phase]
+        return f" yet ({loading[0].load_phase}, {loading[0].load_fraction:.0%})" if loading else ""
 
     def _retry_after_s(self, now_s: float) -> float:
         """Seconds until about half of the line has been served."""
