@@ -21,6 +21,9 @@ CONTROL_PLANE = (
     "cli",
     "backends",
 )
+ON_RAY = ("mxn.fleet.launchers.ray", "mxn.fleet.ray_controller", "mxn.server.ray_gateway")
+"""What runs on a Ray cluster only, and is imported where `launcher: ray` asks for it."""
+
 HEAVY = ("torch", "transformers", "triton", "onnxruntime", "ray", "vllm", "accelerate", "mxn.runner", "mxn_kernels")
 
 # Imports modules one after another and names the first that brings in a heavy library.
@@ -63,7 +66,7 @@ def control_plane_modules() -> list[str]:
             parts = path.relative_to(source).with_suffix("").parts
             if parts[-1] != "__main__":
                 names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    return names
+    return [name for name in names if not name.startswith(ON_RAY)]
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

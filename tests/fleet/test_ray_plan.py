@@ -30,7 +30,7 @@ def plan(fake_model: Model) -> Plan:
     return make
 
 
-def test_a_deployment_without_a_load_gets_its_fewest_replicas_on_the_first_chips_that_it_may_use(plan: Plan) -> None:
+def test_a_deployment_without_a_load_gets_its_fewest_replicas_on_chips_that_it_may_use(plan: Plan) -> None:
     [first, second], shortfalls = plan(
         {"model": "m", "backend": "fake"},
         {
@@ -53,8 +53,19 @@ def test_a_deployment_that_nothing_can_run_is_told_of_and_the_others_run(plan: P
         {"name": "barred", "model": "m", "backend": "fake", "where": {"not_chips": ["sim-a", "sim-b"]}},
     )
     assert [group.deployment for group in groups] == ["m"]
-    assert "sim-a: reached by fake, asked for is cuda" in shortfalls["gone"]
+    assert "sim-a: cuda is not there, only fake" in shortfalls["gone"]
     assert "sim-b: `where` leaves this kind out" in shortfalls["barred"]
+
+
+def test_deployments_take_the_emptiest_kind_and_share_chips_evenly_where_these_are_too_few(plan: Plan) -> None:
+    same = {"model": "m", "backend": "fake"}
+    groups, _ = plan(*({"name": name, **same} for name in "abc"), {"name": "d", **same, "chip_share": 0.25})
+    assert [(group.kind, group.chips) for group in groups] == [
+        ("sim-a", 0.5),
+        ("sim-b", 0.5),
+        ("sim-a", 0.5),
+        ("sim-b", 0.25),
+    ]
 
 
 def test_simulated_chips_are_used_by_nobody_who_does_not_ask_for_them(plan: Plan) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
 
-def chips(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def chips(
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Print them as JSON for `ray start --resources`.")] = False,
+) -> None:
     """List chips, backends and power sources.
 
     Says why a backend is absent, and how power is measured or why it is not. A chip that several backends reach is
@@ -18,6 +22,12 @@ def chips(json_output: Annotated[bool, typer.Option("--json", help="Print JSON."
 
     surveys = survey()
     found = physical_chips(surveys)
+    if ray:
+        from mxn.config.chip_card import load_chip_cards
+        from mxn.fleet.ray_inventory import SeenChip, resources_of
+
+        print(json.dumps(resources_of([SeenChip(seen.chip, seen.backends) for seen in found], load_chip_cards())))
+        return
     if json_output:
         show_json({"chips": found, "backends": [{"name": name, "probe": s.probe} for name, s in surveys.items()]})
         return

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from mxn.backends.registry import installed_backends, load_backend
+from mxn.backends.registry import load_backend
 from mxn.config.chip_card import ChipCard, load_chip_cards
 from mxn.config.deployments import DeploymentConfig, DeploymentsFile
 from mxn.config.ray import BackendEnvironment
 from mxn.core.model import Model
 from mxn.errors import BackendError
+from mxn.fleet.choice import candidates, refusal_of
 from mxn.fleet.launchers.ray.group import ReplicaGroup
 from mxn.fleet.plan import Placement, PlannedDeployment, make_plan
 from mxn.fleet.ray_inventory import NODE_LABEL, RACK_LABEL, NodeReport, OfferedKind, offered_kinds, planned_nodes
 
-_PREFERENCE = ("cuda", "rocm", "cpu", "onnx")
-_BY_NAME_ONLY = ("fake", "server")
+_PARTS_OF_A_CHIP = 8
 
 
 def groups_of(
@@ -31,13 +31,14 @@ def groups_of(
     kinds = _kinds(reports, cards)
     if any(deployment.load is not None for deployment in file.deployments):
         return _planned_groups(file, reports, cards, kinds)
-    groups, shortfalls = [], {}
+    groups: list[ReplicaGroup] = []
+    shortfalls = {}
     for deployment in file.deployments:
         try:
-            groups.append(_first_group(file, deployment, fetch(deployment.model), kinds))
+            groups.append(_first_group(file, deployment, fetch(deployment.model), kinds, groups))
         except BackendError as error:
             shortfalls[deployment.served_name] = str(error)
-    return groups, shortfalls
+    return [_with_part(group, groups, kinds[group.kind], file) for group in groups], shortfalls
 
 
 def _kinds(reports: Sequence[NodeReport], cards: Mapping[str, ChipCard]) -> dict[str, OfferedKind]:
@@ -61,34 +62,46 @@ def _kinds(reports: Sequence[NodeReport], cards: Mapping[str, ChipCard]) -> dict
 
 
 def _first_group(
-    file: DeploymentsFile, deployment: DeploymentConfig, model: Model, kinds: Mapping[str, OfferedKind]
+    file: DeploymentsFile,
+    deployment: DeploymentConfig,
+    model: Model,
+    kinds: Mapping[str, OfferedKind],
+    others: Sequence[ReplicaGroup],
 ) -> ReplicaGroup:
-    """Whole chips of the first kind and backend that run it. Raises: BackendError with every refusal."""
+    """On the emptiest kind of chip that the first backend that will do runs it on. Raises: BackendError."""
     refusals = []
-    for kind in kinds.values():
-        if not _is_allowed(deployment, kind.kind):
-            refusals.append(f"{kind.kind}: `where` leaves this kind out")
-            continue
-        for name in _candidates(deployment, kind):
-            backend = load_backend(name)
-            support = backend.supports(model.spec, kind.chip)
-            if model.spec.task not in backend.capabilities(kind.chip).tasks:
-                refusals.append(f"{kind.kind}: {name} does not load models that {model.spec.task}")
-            elif support.verdict == "no":
-                refusals.append(f"{kind.kind}: {name} cannot run it: {'; '.join(support.reasons)}")
+    settings = deployment.load_settings()
+    for name in candidates(deployment.backend):
+        found = []
+        for kind in kinds.values():
+            if not _is_allowed(deployment, kind.kind):
+                refusals.append(f"{kind.kind}: `where` leaves this kind out")
+            elif name not in kind.backends:
+                refusals.append(f"{kind.kind}: {name} is not there, only {', '.join(kind.backends)}")
+            elif (refusal := refusal_of(load_backend(name), kind.chip, model.spec, settings)) is not None:
+                refusals.append(f"{kind.kind}: {name} {refusal}")
             else:
-                return _group(file, deployment, kind, name, replicas=max(1, deployment.replicas.min))
-        if not _candidates(deployment, kind):
-            refusals.append(f"{kind.kind}: reached by {', '.join(kind.backends)}, asked for is {deployment.backend}")
-    reasons = "; ".join(refusals) or "no node offers a chip as a resource"
+                found.append(kind)
+        if found:
+            best = min(found, key=lambda kind: _num_replicas(others, kind.kind) / max(1, kind.count))
+            return _group(file, deployment, best, name, replicas=max(1, deployment.replicas.min))
+    reasons = "; ".join(dict.fromkeys(refusals)) or "no node offers a chip as a resource"
     raise BackendError(f"no chip of the cluster can run {deployment.served_name}: {reasons}")
 
 
-def _candidates(deployment: DeploymentConfig, kind: OfferedKind) -> list[str]:
-    if deployment.backend != "auto":
-        return [deployment.backend] if deployment.backend in kind.backends else []
-    known = [name for name in kind.backends if name in installed_backends() and name not in _BY_NAME_ONLY]
-    return sorted(known, key=lambda n: (_PREFERENCE.index(n) if n in _PREFERENCE else len(_PREFERENCE), n))
+def _num_replicas(groups: Sequence[ReplicaGroup], kind: str) -> int:
+    return sum(group.max_replicas for group in groups if group.kind == kind)
+
+
+def _with_part(
+    group: ReplicaGroup, groups: Sequence[ReplicaGroup], kind: OfferedKind, file: DeploymentsFile
+) -> ReplicaGroup:
+    """The group on the part of a chip that its deployment asks for, or on an even one where chips are too few."""
+    [asked] = [d.chip_share for d in file.deployments if d.served_name == group.deployment]
+    part = asked or min(1.0, kind.count / _num_replicas(groups, kind.kind))
+    if part == 1 or not load_backend(group.backend).capabilities(kind.chip).can_share_chip:
+        return group
+    return replace(group, chips=max(1, int(part * _PARTS_OF_A_CHIP)) / _PARTS_OF_A_CHIP)
 
 
 def _is_allowed(deployment: DeploymentConfig, kind: str) -> bool:

@@ -28,7 +28,7 @@ _LOGGING = {"enable_access_log": False}
 
 _DOWNSCALE_S = 60.0
 _UPSCALE_S = 3.0
-_LOOK_BACK_S = 10.0
+_LOOK_BACK_S = 15.0
 
 
 def host_application(group: ReplicaGroup, drain_s: float) -> Any:
@@ -41,7 +41,7 @@ def host_application(group: ReplicaGroup, drain_s: float) -> Any:
         serve.deployment(ReplicaHost)
         .options(
             name=HOST,
-            **_version(msgspec.to_builtins(replace(group, replicas=0, min_replicas=0, max_replicas=0))),
+            **_version(msgspec.to_builtins(_as_started(group))),
             **({"autoscaling_config": _autoscaling(group)} if _scales(group) else {"num_replicas": group.replicas}),
             max_ongoing_requests=_MANY,
             ray_actor_options={
@@ -94,6 +94,12 @@ def _version(of: object) -> dict[str, Any]:
     """
     text = json.dumps([__version__, of], sort_keys=True, default=str)
     return {"version": hashlib.sha256(text.encode()).hexdigest()[:16], "_internal": True}
+
+
+def _as_started(group: ReplicaGroup) -> ReplicaGroup:
+    """The group without what may change while its replicas run."""
+    counted = replace(group, replicas=0, min_replicas=0, max_replicas=0, batch=0, percentile=0.0)
+    return replace(counted, output_tokens_per_s=None, joules_per_token=None)
 
 
 def _scales(group: ReplicaGroup) -> bool:

@@ -9,6 +9,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -62,8 +63,6 @@ class RayNode:
         if self._process.stdin is not None:
             self._process.stdin.close()  # which is what the warden waits for
         self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
 
     def __enter__(self) -> Self:
         return self
@@ -78,6 +77,7 @@ class RayNode:
         for raw in self._process.stdout or ():
             line = raw.decode(errors="replace").strip()
             if "Ray runtime started" in line:
+                threading.Thread(target=self._drain, name="ray", daemon=True).start()
                 return self
             if line:
                 words.append(line)
@@ -85,6 +85,10 @@ class RayNode:
                 break
         self.stop()
         raise BackendError(f"Ray did not start: {' | '.join(words) or 'it said nothing'}")
+
+    def _drain(self) -> None:
+        for _ in self._process.stdout or ():
+            pass
 
 
 def use_token() -> None:
@@ -109,7 +113,7 @@ def _start(options: list[str], resources: Mapping[str, float]) -> subprocess.Pop
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        env=child_environment(),
+        env=child_environment({"PYTHONUNBUFFERED": "1"}),
         start_new_session=True,  # Ctrl-C reaches mxn alone, which ends the node after what is on it
     )
 
