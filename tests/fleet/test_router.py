@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mxn.fleet.router import JOULES_S, RAMP_S, SLACK, Candidate, Work, choose, first_token_s
+from mxn.fleet.router import JOULES_S, RAMP_S, SLACK, Candidate, Work, choose, first_tokens_s
 
 PLAIN = Candidate(work_tokens=0.0, tokens_per_s=1000.0, prompt_token_s=0.001)
 
@@ -43,7 +43,7 @@ def test_the_same_facts_give_the_same_choice_and_it_is_one_of_them(found: list[C
 
 @given(candidates(), WORK)
 def test_nobody_waits_beyond_the_slack_for_the_sake_of_joules(found: list[Candidate], work: Work) -> None:
-    expected_s = [first_token_s(candidate, work) for candidate in found]
+    expected_s = first_tokens_s(found, work)
     chosen_s = expected_s[choose(found, work)]
     slack_s = 0.0 if work.ttft_slo_s is None else SLACK * work.ttft_slo_s
     assert chosen_s <= max(min(expected_s), slack_s)
@@ -83,19 +83,31 @@ def test_a_faster_replica_gets_more_in_proportion(ratio: float) -> None:
     assert load[1] / speeds[1] == pytest.approx(load[0] / speeds[0], abs=0.25)
 
 
-def test_an_empty_newcomer_does_not_get_everything() -> None:
-    old = [replace(PLAIN, work_tokens=2000.0) for _ in range(3)]
-    newcomer = replace(PLAIN, ready_s=0.0)
-    work = Work(prompt_tokens=100, output_tokens=100)
-    counts = [0] * 4
-    found = [*old, newcomer]
+def share_of_newcomer(ready_s: float) -> int:
+    """How many of 24 sequences an empty replica gets beside three with 2 s of work each."""
+    found = [*[replace(PLAIN, work_tokens=2000.0)] * 3, replace(PLAIN, ready_s=ready_s)]
+    count = 0
     for _ in range(24):
-        chosen = choose(found, work)
-        counts[chosen] += 1
+        chosen = choose(found, Work(prompt_tokens=100, output_tokens=100))
+        count += chosen == 3
         found[chosen] = replace(found[chosen], work_tokens=found[chosen].work_tokens + 200)
-    assert 0 < counts[3] <= 6  # with its full capacity at once it would be 15 and more
-    settled = [*old, replace(newcomer, ready_s=RAMP_S)]
-    assert choose(settled, work) == 3
+    return count
+
+
+def test_an_empty_newcomer_does_not_get_everything() -> None:
+    assert share_of_newcomer(RAMP_S) >= 13
+    assert 2 <= share_of_newcomer(0.0) <= 6  # its even share
+    assert share_of_newcomer(0.0) < share_of_newcomer(RAMP_S / 2) < share_of_newcomer(RAMP_S)
+
+
+@given(st.lists(st.floats(0, 2), min_size=2, max_size=6), st.integers(1, 200))
+def test_replicas_that_are_all_new_are_loaded_alike(ages: list[float], count: int) -> None:
+    load = [0.0] * len(ages)
+    for _ in range(count):
+        found = [replace(PLAIN, work_tokens=w, ready_s=age) for w, age in zip(load, ages, strict=True)]
+        load[choose(found, Work(prompt_tokens=50, output_tokens=50))] += 100
+    mean = sum(load) / len(load)
+    assert max(load) <= (1 + max(ages) / RAMP_S) * mean * len(load) / (len(load) - 1) + 200
 
 
 def test_joules_decide_only_while_the_slo_has_slack() -> None:

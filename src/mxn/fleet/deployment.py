@@ -20,7 +20,6 @@ from mxn.fleet.keeper import Keeper
 from mxn.fleet.launchers.base import Launcher
 from mxn.fleet.launchers.local import LocalLauncher
 from mxn.fleet.relay import RelayedStream
-from mxn.fleet.replica import RunningReplica
 from mxn.fleet.spec import DeploymentSpec, PlacementSpec
 
 _BEST_FIRST: tuple[ReplicaState, ...] = ("ready", "loading", "starting", "failed", "draining", "stopped")
@@ -58,6 +57,7 @@ class Deployment:
         self._ending: ReplicaState | None = None
         self._num_past_restarts = 0
         self._changed = asyncio.Event()
+        self._infos: list[ReplicaInfo] = []
         self._dispatch = Dispatch(spec, self._keepers.values, lambda: self.accepts)
 
     @property
@@ -122,14 +122,12 @@ class Deployment:
     @property
     def infos(self) -> list[ReplicaInfo]:
         """What the ready replicas run and how; of those that were ready last when none is."""
-        ready = [replica.info for replica in self._ready_replicas if replica.info is not None]
-        return ready or [k.replica.info for k in self._keepers.values() if k.replica and k.replica.info]
+        return self._infos
 
     @property
     def info(self) -> ReplicaInfo | None:
         """The first of `infos`; None until a replica has been ready."""
-        infos = self.infos
-        return infos[0] if infos else None
+        return self._infos[0] if self._infos else None
 
     @property
     def stats(self) -> EngineStats:
@@ -156,15 +154,14 @@ class Deployment:
     def max_context(self) -> int:
         """Prompt + output tokens a sequence may have: what every replica can hold."""
         limit = self.model.spec.max_context
-        infos = self.infos
-        if infos:
-            return min(info.max_context for info in infos)
+        if self._infos:
+            return min(info.max_context for info in self._infos)
         return min((p.settings.context_length or limit for p in self._placements), default=limit)
 
     @property
     def refused(self) -> list[str]:
         """Request fields that a replica cannot serve, by the names of the API."""
-        return sorted({field for info in self.infos for field in info.refused})
+        return sorted({field for info in self._infos for field in info.refused})
 
     # ------------------------------------------------------------------ sequences
 
@@ -323,10 +320,6 @@ class Deployment:
         return [keeper.placement for keeper in self._keepers.values()] or self.spec.placements
 
     @property
-    def _ready_replicas(self) -> list[RunningReplica]:
-        return [keeper.replica for keeper in self._keepers.values() if keeper.is_ready and keeper.replica]
-
-    @property
     def _telling(self) -> Keeper | None:
         """The keeper that speaks for all: the one that is furthest."""
         return min(self._keepers.values(), key=lambda keeper: _BEST_FIRST.index(keeper.state), default=None)
@@ -334,6 +327,9 @@ class Deployment:
     def _on_change(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        replicas = [(keeper.is_ready, keeper.replica.info) for keeper in self._keepers.values() if keeper.replica]
+        infos = [(is_ready, info) for is_ready, info in replicas if info is not None]
+        self._infos = [info for is_ready, info in infos if is_ready] or [info for _, info in infos]
         self._dispatch.refresh()
         self._tell_change()
 

@@ -20,10 +20,10 @@ SLACK = 0.5
 """The SLO has slack at a replica where the first token is expected within this share of the limit."""
 
 RAMP_S = 5.0
-"""A replica that has just become ready counts as slower than it is for so long, or all would go to it at once: it is
-empty. Its capacity grows evenly from `RAMP_START` of what it will be."""
+"""A replica that has just become ready is empty, and all would go to it at once. So it counts as if it had `NEW_SHARE`
+of the others' mean work too; that part fades within `RAMP_S`. Among replicas that are all new it changes little."""
 
-RAMP_START = 0.2
+NEW_SHARE = 0.75
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,20 +56,25 @@ class Candidate:
 
 def choose(candidates: Sequence[Candidate], work: Work) -> int:
     """Index of the candidate for this work; of equals the first. There is at least one."""
-    expected_s = [first_token_s(candidate, work) for candidate in candidates]
+    first_s = first_tokens_s(candidates, work)
     limit_s = None if work.ttft_slo_s is None else SLACK * work.ttft_slo_s
     joules = [candidate.joules_per_token for candidate in candidates]
-    if limit_s is None or min(expected_s) > limit_s or None in joules:
-        return min(range(len(candidates)), key=expected_s.__getitem__)
+    if limit_s is None or min(first_s) > limit_s or None in joules:
+        return min(range(len(candidates)), key=first_s.__getitem__)
 
     def score(index: int) -> float:
-        return expected_s[index] + JOULES_S * (joules[index] or 0.0) * work.output_tokens
+        return first_s[index] + JOULES_S * (joules[index] or 0.0) * work.output_tokens
 
-    return min((i for i, s in enumerate(expected_s) if s <= limit_s), key=score)
+    return min((i for i, s in enumerate(first_s) if s <= limit_s), key=score)
 
 
-def first_token_s(candidate: Candidate, work: Work) -> float:
-    """Seconds until the work's first token if it goes there."""
-    share = min(1.0, RAMP_START + (1 - RAMP_START) * candidate.ready_s / RAMP_S)
-    ahead_s = candidate.work_tokens / (candidate.tokens_per_s * share)
-    return ahead_s + (work.prompt_tokens - candidate.cached_tokens) * candidate.prompt_token_s / share
+def first_tokens_s(candidates: Sequence[Candidate], work: Work) -> list[float]:
+    """For each candidate, the seconds until the work's first token if it goes there."""
+    ahead_s = [candidate.work_tokens / candidate.tokens_per_s for candidate in candidates]
+    total_s, num_others = sum(ahead_s), max(1, len(candidates) - 1)
+    return [
+        own_s
+        + NEW_SHARE * max(0.0, 1 - candidate.ready_s / RAMP_S) * (total_s - own_s) / num_others
+        + (work.prompt_tokens - candidate.cached_tokens) * candidate.prompt_token_s
+        for own_s, candidate in zip(ahead_s, candidates, strict=True)
+    ]
