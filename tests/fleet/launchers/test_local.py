@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import socket
 import stat
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from mxn.core.request import SamplingParams, SequenceRequest
@@ -20,6 +23,7 @@ from mxn.fleet.replica import Replica
 from mxn.fleet.spec import DeploymentSpec
 from mxn.fleet.state import MAX_SOCKET_PATH, ReplicaRecord, RuntimeFolder, process_start
 
+UPSTREAM = Path(__file__).parents[2] / "engine" / "proxy" / "upstream.py"
 Make = Callable[..., DeploymentSpec]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
@@ -79,6 +83,11 @@ async def gateways(tmp_path: Path) -> AsyncIterator[Gateways]:
 async def tokens_of(replica: Replica, seq_id: int) -> list[int]:
     request = SequenceRequest(seq_id=seq_id, prompt_token_ids=[1, 2, 3], sampling=GREEDY)
     return [token async for output in replica.submit(request) for token in output.token_ids]
+
+
+async def text_of(replica: Replica, seq_id: int) -> str:
+    request = SequenceRequest(seq_id=seq_id, prompt_token_ids=[1, 2, 3], sampling=GREEDY)
+    return "".join([output.text or "" async for output in replica.submit(request)])
 
 
 def pid_of(replica: Replica) -> int:
@@ -192,6 +201,26 @@ async def test_a_spare_process_takes_the_next_model_and_another_takes_its_place(
     assert (await gateways.start(gateways.next(), load_of(fake_deployment()))).info == replica.info  # taken over
     await asyncio.wait_for(following.process.wait(), 10)  # a spare one ends with its gateway
     launcher.keep_spares([])
+
+
+async def test_a_replica_whose_model_runs_in_a_server_is_taken_over_with_it_and_ends_with_it(
+    gateways: Gateways, fake_deployment: Make
+) -> None:
+    command = shlex.join([sys.executable, str(UPSTREAM), "--port", "{port}"])
+    spec = fake_deployment(options={"command": command, "stop_timeout_s": 5}, backend="server")
+    load = load_of(spec)
+    first = await gateways.start(gateways.next(adopt_s=1.0), load)
+    servers = {child.pid for child in psutil.Process(pid_of(first)).children(recursive=True)}
+    assert servers
+    text = await text_of(first, 1)
+    endless = SequenceRequest(seq_id=2, prompt_token_ids=[5], sampling=SamplingParams(max_tokens=2000))
+    first.submit(endless)
+    second = await gateways.start(gateways.next(adopt_s=1.0), load)
+    assert pid_of(second) == pid_of(first)
+    assert {child.pid for child in psutil.Process(pid_of(second)).children(recursive=True)} == servers
+    assert await text_of(second, 1) == text
+    gateways.next()
+    await until(lambda: not any(process_start(pid) for pid in (*servers, pid_of(first))), 20)
 
 
 async def test_the_folder_is_private_and_held_by_one_gateway(gateways: Gateways, fake_deployment: Make) -> None:
