@@ -91,3 +91,11 @@ def test_reasons_of_skipped_cells_are_whole_on_a_narrow_terminal() -> None:
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "a-model server auto" in text
     assert all(word in text for word in reason.split())
+
+
+def test_short_runs_are_named_in_one_line() -> None:
+    short = [
+        record(of=subject(name), warnings=(f"no steady part: it is {i} s of {i} s",)) for i, name in enumerate("ab")
+    ]
+    assert "all: too short for a steady part." in comparison(short).notes
+    assert "a, W2c8: too short for a steady part." in comparison([short[0], record(of=subject("b"))]).notes

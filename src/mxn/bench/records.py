@@ -20,6 +20,9 @@ SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 """Version 1 had fewer fields; what it lacks has defaults."""
 
+NO_STEADY_PART = "no steady part"
+"""How the warning begins that a record's runs have none; its reason follows."""
+
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 
 

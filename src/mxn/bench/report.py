@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mxn.bench.comparison import mismatches
 from mxn.bench.metrics import Spread
-from mxn.bench.records import Manifest, Record, Report
+from mxn.bench.records import NO_STEADY_PART, Manifest, Record, Report
 from mxn.bench.statistics import ratio_interval
 from mxn.bench.workloads import Workload
 from mxn.core.quantity import Provenance, Quantity
@@ -174,10 +174,11 @@ def details(records: Sequence[Record]) -> Grid:
 
 
 def _warning_notes(records: Sequence[Record]) -> list[str]:
-    """Warnings, those that all records share once."""
+    """Warnings, those that several records share once; by how much a run was too short stands in its record."""
     by_text: dict[str, list[str]] = {}
     for record in records:
-        for warning in record.warnings:
+        for text in record.warnings:
+            warning = "too short for a steady part" if text.startswith(NO_STEADY_PART) else text
             by_text.setdefault(warning, []).append(f"{record.subject.label}, {record.workload.name}")
     return [f"{'all' if len(where) == len(records) else '; '.join(where)}: {text}." for text, where in by_text.items()]
 

@@ -23,7 +23,7 @@ from mxn.bench.metrics import (
     window_metrics,
 )
 from mxn.bench.queue import QueueArm
-from mxn.bench.records import Record, Run
+from mxn.bench.records import NO_STEADY_PART, Record, Run
 from mxn.bench.workloads import Api, PromptMaker, Workload, over_chat
 from mxn.config.datasets import Dataset
 from mxn.core.quantity import Quantity
@@ -285,7 +285,7 @@ def _record(
     energy = combine(collected.energy)
     joules = energy.energy_j.value
     steady_energy = combine(collected.steady_energy) if collected.steady_energy else None
-    steady_notes = [f"no steady part: {run.steady_note}" for run in collected.runs[:1] if run.steady_note]
+    steady_notes = [f"{NO_STEADY_PART}: {run.steady_note}" for run in collected.runs[:1] if run.steady_note]
     return Record(
         subject=arm.subject,
         workload=workload,
