@@ -183,6 +183,8 @@ async def _serve(
     serving = asyncio.create_task(
         serve_http(build_app(fleet, settings), *where, on_started=lambda base: url.set_result(f"{base}/v1"), stop=stop)
     )
+    if source is not None:
+        _reload_on_hangup(fleet, stop)
     either: set[asyncio.Future[Any]] = {serving, url}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     try:
@@ -200,8 +202,6 @@ async def _serve(
         else:
             phases.finish()
             _announce(fleet, await url, settings, json_output=json_output)
-            if source is not None:
-                _reload_on_hangup(fleet, stop)
         return await serving
     finally:
         await fleet.stop(settings.drain_s)
@@ -233,7 +233,7 @@ def _reload_on_hangup(fleet: Fleet, stop: asyncio.Event) -> None:
     from mxn.errors import MxnError
 
     log = logging.getLogger("mxn.serve")
-    has_terminal = _has_terminal()
+    has_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as nohup sets it
     tasks: set[asyncio.Task[None]] = set()
 
     async def reload() -> None:
