@@ -320,3 +320,14 @@ def test_joules_go_to_living_sequences_and_add_up() -> None:
     assert (stats.request_energy_j or 0) + (stats.idle_energy_j or 0) == pytest.approx(stats.chip_energy_j, rel=0.01)
     assert not ledger._joules
     assert not ledger._seconds
+
+
+def test_an_engine_is_closed_when_no_step_uses_the_chip_any_more() -> None:
+    engine = make_engine(options={"lose_chip_after": "2"})
+    engine.add(request(0, [1]))
+    engine.step()
+    assert isinstance(engine.executor, Chip)
+    assert len(engine.executor._waiting) == 1
+    engine.close()
+    assert not engine.executor._waiting
+    engine.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from mxn.backends.base import Executor, PagedKV, SlotKV
@@ -138,7 +139,9 @@ class Engine:
             self._refresh_gauges()
 
     def close(self) -> None:
-        """Gives the executor's memory back."""
+        """Gives the executor's memory back, once no step uses it."""
+        with suppress(ChipError):  # told already, or nobody's concern any more
+            self._drop_ahead()
         self.executor.close()
 
     def reset_prefix_cache(self) -> None:
@@ -251,7 +254,7 @@ class Engine:
         return self.executor.execute(flight.batch) if flight.pending is None else flight.pending.result()
 
     def _drop_ahead(self) -> None:
-        """Waits for the step that was planned on one that failed, and forgets it; its KV is written again."""
+        """Waits for the step under way and forgets it; what it wrote is written again or never read."""
         flight, self._ahead = self._ahead, None
         if flight is not None and flight.pending is not None:
             try:
@@ -259,7 +262,7 @@ class Engine:
             except ChipError:
                 raise
             except Exception as error:
-                log.info("step %d was planned on one that failed and is dropped: %s", flight.batch.step_id, error)
+                log.info("step %d is dropped and failed: %s", flight.batch.step_id, error)
 
     def _batch_of(self, plan: list[Scheduled]) -> StepBatch:
         return StepBatch(step_id=self.stats.num_steps, sequences=tuple(map(self._describe, plan)))
