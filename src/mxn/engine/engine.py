@@ -19,12 +19,13 @@ from mxn.energy.attribution import StepLedger
 from mxn.engine.flight import Flight
 from mxn.engine.paged import BlockPlacement
 from mxn.engine.placement import Placement
+from mxn.engine.recovery import describe_error, run_without_failure
 from mxn.engine.results import faults_of
 from mxn.engine.scheduler import Scheduled, SchedulerLimits, StepScheduler
-from mxn.engine.sequence import Sequence, SequenceStatus
+from mxn.engine.sequence import Sequence
 from mxn.engine.slots import SlotPlacement
 from mxn.engine.stats import EngineStats
-from mxn.errors import ChipError, OutOfMemoryError, RequestError
+from mxn.errors import ChipError, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -236,7 +237,9 @@ class Engine:
         except Exception as error:
             self._drop_ahead()
             flight.take_back()
-            flight, result = self._run_without_failure(flight, error)
+            flight, result = run_without_failure(
+                flight, error, executor=self.executor, scheduler=self._scheduler, describe=self._batch_of
+            )
         start_s, self._landed_s = max(flight.start_s, self._landed_s), self._clock.now_s()
         living = flight.living()
         if self._ledger is not None:
@@ -276,53 +279,7 @@ class Engine:
         except ChipError:
             raise
         except Exception as error:  # what the slots hold is unknown from here on
-            raise ChipError(f"copying KV between slots failed: {_describe_error(error)}") from error
-
-    def _run_without_failure(self, flight: Flight, error: Exception) -> tuple[Flight, StepResult]:
-        """Finds out what of a failed step can still be done without harming the innocent, and does it."""
-        while True:
-            plan = [scheduled for scheduled, _ in flight.living()]
-            if len(plan) == len(flight.plan):  # else those that have ended meanwhile may have been the cause
-                if not isinstance(error, OutOfMemoryError):
-                    break
-                if self._scheduler.preempt_last() is None:
-                    return flight, StepResult(tokens=(), failed=((plan[0].sequence.seq_id, str(error)),))
-                plan = [p for p in plan if p.sequence.status is SequenceStatus.RUNNING]
-                log.warning("a step did not fit (%s); %d of its sequences go on", error, len(plan))
-            flight = self._again(flight, plan)
-            if not plan:
-                return flight, StepResult(tokens=())
-            try:
-                return flight, self.executor.execute(flight.batch)
-            except ChipError:
-                raise
-            except Exception as again:
-                error = again
-        log.error("a step failed; trying its %d sequences one by one", len(plan), exc_info=error)
-        if len(plan) == 1:
-            return flight, StepResult(tokens=(), failed=((plan[0].sequence.seq_id, _describe_error(error)),))
-        flight = self._again(flight, plan)
-        return flight, self._execute_one_by_one(flight.batch)
-
-    def _again(self, flight: Flight, plan: list[Scheduled]) -> Flight:
-        """A flight of part of a failed one's sequences, described anew: their tokens are known by now."""
-        return Flight(plan=plan, batch=self._batch_of(plan), start_s=flight.start_s)
-
-    def _execute_one_by_one(self, batch: StepBatch) -> StepResult:
-        """Runs each sequence of a failed batch alone: KV writes repeat harmlessly, and only the guilty fail."""
-        results = []
-        for step in batch.sequences:
-            try:
-                results.append(self.executor.execute(StepBatch(step_id=batch.step_id, sequences=(step,))))
-            except ChipError:
-                raise
-            except Exception as error:
-                results.append(StepResult(tokens=(), failed=((step.seq_id, _describe_error(error)),)))
-        return StepResult(
-            tokens=tuple(t for r in results for t in r.tokens),
-            prompt_logprobs=tuple(p for r in results for p in r.prompt_logprobs),
-            failed=tuple(f for r in results for f in r.failed),
-        )
+            raise ChipError(f"copying KV between slots failed: {describe_error(error)}") from error
 
     # ------------------------------------------------------------------ after a step
 
@@ -404,7 +361,3 @@ def _make_placement(kv: PagedKV | SlotKV, settings: EngineSettings) -> Placement
     if isinstance(kv, PagedKV):
         return BlockPlacement(kv, settings.fingerprint, prefix_cache=settings.prefix_cache)
     return SlotPlacement(kv, settings.fingerprint, prefix_cache=settings.prefix_cache)
-
-
-def _describe_error(error: Exception) -> str:
-    return f"the backend failed on this sequence: {type(error).__name__}"
