@@ -49,8 +49,10 @@ def patterns_within(
         largest=math.inf if demand.max_replicas is None else demand.max_replicas,
     )
     chosen = menu.useful(most)
-    floors = _floors(menu, chosen, pieces, most)
-    labels, done = _Labels.start(menu, given, len(chosen)), []
+    free = sum(length for length, slope in pieces if slope == 0)  # taken first: it costs nothing
+    paid = [piece for piece in pieces if piece[1] > 0]
+    floors = _floors(menu, chosen, paid, most)
+    labels, done = _Labels.start(menu, given, 1.0 - free, len(chosen)), []
     for depth, item in enumerate(chosen.tolist()):
         labels = labels.grown(menu, depth, item)
         step = np.clip(np.floor(labels.need * _GRID + 1e-7), 0, _GRID).astype(np.int64)
@@ -60,12 +62,12 @@ def patterns_within(
         labels = labels.where(~is_whole).undominated(menu.is_counted)
         if len(labels.need) > max_labels:
             return None
-    total = labels.priced + _penalties(pieces, labels.need)
+    total = labels.priced + _penalties(paid, labels.need)
     done.append(labels.where((labels.number >= menu.fewest) & (total <= most)))
     found = _Labels.joined(done)
     return [
         _pattern(oracle, block, chosen, counts, given, pieces)
-        for counts in found.counts[_cheapest_of_each_use(found.cost + _penalties(pieces, found.need), found.use)]
+        for counts in found.counts[_cheapest_of_each_use(found.cost + _penalties(paid, found.need), found.use)]
     ]
 
 
@@ -119,10 +121,10 @@ class _Labels:
     counts: Counts
 
     @classmethod
-    def start(cls, menu: _Menu, given: Counts, num_items: int) -> _Labels:
+    def start(cls, menu: _Menu, given: Counts, need: float, num_items: int) -> _Labels:
         """One label: the replicas that every mix must have."""
         return cls(
-            np.array([max(0.0, 1.0 - float(menu.covers @ given))]),
+            np.array([max(0.0, need - float(menu.covers @ given))]),
             np.array([float(menu.priced @ given)]),
             np.array([float(menu.costs @ given)]),
             (given @ menu.use)[None, :],

@@ -18,8 +18,9 @@ _WORTH = 100.0
 """How many times its dearest way of being served a demand's load is worth when everybody is expected to be served."""
 _NOTHING = 1e-4
 _A_TENTH_OF_A_SLICE = 0.1
-SLACK = 1e-3
-"""Share of a demand's load that the cost stage may leave unserved beyond what the service stages did, if they did."""
+SLACK = 1e-2
+"""Share of a demand's load that the cost stage may leave unserved beyond what the service stages did, if they did.
+The last hundredth fills every pool to the brim; without it, 200 x 5,000 at load 2.2 draws a seventh less."""
 
 
 def cost_of_serving_all(instance: Instance) -> Goal:

@@ -54,14 +54,21 @@ def cheapest_mix(
         cannot improve the best by more than this part of it are cut; the bound is lower by as much. need: instead of
         the whole load.
     """
+    free = sum(length for length, slope in pieces if slope == 0)  # taken first: it costs nothing
+    short, pieces = max(0.0, need - free), [piece for piece in pieces if piece[1] > 0]
     largest = math.inf if max_count is None else max_count
     search = _Search(costs, covers, uppers, pieces, min_count, largest, tolerance)
-    search.descend(0, need, 0.0, 0)
+    search.descend(0, short, 0.0, 0)
     if search.num_nodes > MAX_NODES:
-        return _by_highs(costs, covers, uppers, pieces, min_count, max_count, tolerance, need)
-    if search.best is None:
+        found = _by_highs(costs, covers, uppers, pieces, min_count, max_count, tolerance, short)
+    elif search.best is not None:
+        found = search.best, search.best_cost, search.best_cost * (1 - tolerance)
+    else:
+        found = None
+    if found is None:
         return None
-    return Mix(search.best, search.best_unserved, search.best_cost, search.best_cost * (1 - tolerance))
+    unserved = need - sum(count * cover for count, cover in zip(found[0], covers, strict=True))
+    return Mix(found[0], unserved if unserved > _NEARLY else 0.0, found[1], found[2])
 
 
 def penalty(pieces: Pieces, share: float) -> float:
@@ -85,8 +92,8 @@ def _by_highs(
     max_count: int | None,
     tolerance: float,
     need: float,
-) -> Mix | None:
-    """The same problem as an integer program."""
+) -> tuple[list[int], float, float] | None:
+    """The same problem as an integer program: counts, cost and a bound on it."""
     num_items, num_pieces = len(costs), len(pieces)
     items = np.arange(num_items, dtype=np.int32)
     rows = build_rows(
@@ -108,8 +115,7 @@ def _by_highs(
     except InfeasibleError:
         return None
     counts = np.rint(found.values[:num_items]).astype(int).tolist()
-    unserved = max(0.0, need - sum(count * cover for count, cover in zip(counts, covers, strict=True)))
-    return Mix(counts, unserved, found.objective, found.bound)
+    return counts, found.objective, found.bound
 
 
 class _Search:
@@ -125,7 +131,6 @@ class _Search:
     ) -> None:
         self.best: list[int] | None = None
         self.best_cost = math.inf
-        self.best_unserved = 0.0
         self.num_nodes = 0
         self._pieces, self._kept = pieces, 1 - tolerance
         self._min_count, self._max_count = min_count, max_count
@@ -189,7 +194,7 @@ class _Search:
             if missing > 0 or total >= self.best_cost:
                 return
         self.best = list(self._counts) if counts is None else counts
-        self.best_cost, self.best_unserved = total, need if need > _NEARLY else 0.0
+        self.best_cost = total
 
 
 def _without_dominated(
