@@ -122,14 +122,18 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 def test_replicas_outlive_a_killed_server_and_the_next_one_takes_them_over(
     serve_file: Callable[[Path], Serving], write: Callable[..., Path], run_folder: Path
 ) -> None:
-    path = write()
+    path = write(more="  - {name: cold, model: FOLDER, backend: fake, keep_loaded: false}")
     first = serve_file(path)
+    assert len(worker_pids(run_folder)) == 3
+    assert deployment_of(first, "cold")["state"] == "unloaded"
+    assert complete(first, "cold")
     before, text = worker_pids(run_folder), complete(first, "one")
-    assert len(before) == 3
+    assert len(before) == 4
     first.process.kill()
     first.process.communicate()
     second = serve_file(path)
     assert worker_pids(run_folder) == before
+    assert deployment_of(second, "cold")["is_ready"]  # what was loaded on demand stays so
     assert complete(second, "one") == text
     second.process.send_signal(signal.SIGTERM)
     _, errors = second.process.communicate(timeout=30)

@@ -220,9 +220,13 @@ async def _fleet(wishes: Wishes, folder: RuntimeFolder | None, source: Path | No
     wishes.pids = lambda: [record.pid for record in folder.state.replicas]
     spec = await asyncio.to_thread(wishes, frozenset(folder.state.cordoned))
     launcher = LocalLauncher(folder, adopt_s=wishes.file.cluster.adopt_s)
-    kept = [(one, placement) for one in spec.deployments if one.keep_loaded for placement in one.placements]
-    await launcher.keep_only([(load_of(one, placement), placement.environment) for one, placement in kept])
-    return Fleet(spec, launcher, folder=folder, source=source, resolve=wishes, drain_s=settings.drain_s)
+    wanted = [(one, load_of(one, p), p.environment) for one in spec.deployments for p in one.placements]
+    await launcher.keep_only([(load, environment) for _, load, environment in wanted])
+    fleet = Fleet(spec, launcher, folder=folder, source=source, resolve=wishes, drain_s=settings.drain_s)
+    for one, load, environment in wanted:
+        if one.is_on_demand and launcher.holds(load, environment):
+            fleet.supervisor.keep_loaded(one.name)
+    return fleet
 
 
 def _reload_on_hangup(fleet: Fleet, stop: asyncio.Event) -> None:
@@ -270,10 +274,14 @@ async def _load(fleet: Fleet, phases: Phases) -> None:
 
     starting = asyncio.create_task(fleet.start())
     prefixes = {d.name: f"{d.name}: " if len(fleet.deployments) > 1 else "" for d in fleet.deployments}
+    told: dict[str, tuple[str, float]] = {}
     try:
         while not starting.done():
             for d in fleet.deployments:
-                if d.state == "loading" and d.load_phase:
+                now = (d.load_phase, d.load_fraction)
+                is_moving = d.state == "loading" and d.load_phase and not d.load_phase.startswith("waiting")
+                if is_moving and told.get(d.name) != now:
+                    told[d.name] = now
                     phases(prefixes[d.name] + d.load_phase, d.load_fraction)
             await asyncio.wait({starting}, timeout=0.1)
         await starting

@@ -152,6 +152,11 @@ class Supervisor:
             self._try_failed_again(name)
         self._poke()
 
+    def keep_loaded(self, name: str) -> None:
+        """Has a deployment that is loaded on demand begin loaded, because it is so already."""
+        self._used[name] = time.monotonic()
+        self._loaded.add(name)
+
     async def apply(self, resolve: Resolve) -> FleetSpec:
         """Makes a new plan and goes over to it. Raises: MxnError when it cannot be; what was wanted stays so then."""
         async with self._planned():

@@ -91,6 +91,11 @@ class LocalLauncher:
                 begun.link.writer.close()
         await asyncio.gather(*self._watchers)
 
+    def holds(self, load: Load, environment: Mapping[str, str]) -> bool:
+        """True when an earlier gateway left a replica that `start` would take over for this."""
+        key = _key(load, environment)
+        return any(record.key == key for record in self._orphans.values())
+
     async def keep_only(self, wanted: Iterable[tuple[Load, Mapping[str, str]]]) -> None:
         """Ends what an earlier gateway left and none of these starts would take over; returns when it is gone."""
         keys = [_key(load, environment) for load, environment in wanted]
