@@ -90,6 +90,17 @@ def parts(folder: Path, *, is_dry: bool) -> list[Part]:
             writes=None if is_dry else "kernels.json",
         ),
         Part(
+            name="host",
+            command=script(
+                "host_step",
+                *(("--sequences", "8", "--steps", "9") if is_dry else ()),
+                "--json",
+                str(folder / "host.json"),
+            ),
+            limit_s=40,
+            writes="host.json",
+        ),
+        Part(
             name="memory checker",
             command=("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *check, "--only", "float16"),
             limit_s=60,
