@@ -58,7 +58,7 @@ def _kinds(reports: Sequence[NodeReport], cards: Mapping[str, ChipCard]) -> dict
                 backends=tuple(name for name in known.backends if name in found.backends),
                 uses_ray_gpus=known.uses_ray_gpus or found.uses_ray_gpus,
             )
-    return kinds
+    return dict(sorted(kinds.items()))  # nodes come in any order
 
 
 def _first_group(

@@ -1,4 +1,4 @@
-"""`mxn serve` on a real Ray cluster of four nodes with two kinds of simulated chips, all on this machine."""
+"""`mxn serve` on a real Ray cluster: a head and nodes with two kinds of simulated chips, all on this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="mxn[ray] is not installed"),
 ]
 
-NODES = {"a": ["sim-a"], "b": ["sim-b"], "c": ["sim-b", "sim-b"]}
+NODES = {"a": ["sim-a"], "b": ["sim-b", "sim-b", "sim-b"]}
 PROMPT = [5, 6, 7, 8]
 
 
@@ -179,12 +179,14 @@ async def test_streams_go_on_by_the_same_text_when_one_of_two_replicas_is_killed
     killed = served.workers("pair")[0]
     os.kill(killed, signal.SIGKILL)
     assert set(await asyncio.gather(*streams)) == {expected}
-    served.until(lambda: len(served.workers("pair") - {killed}) == 2 and served.answers("pair"), 30)
+    seconds = served.until(lambda: len(served.workers("pair") - {killed}) == 2 and served.answers("pair"), 30)
+    print(f"two replicas again after {seconds:.1f} s")
 
 
 def test_what_a_lost_node_served_is_served_on_chips_of_another_kind(served: Served) -> None:
     served.remove_node("a")
-    assert served.until(lambda: served.kinds()["moves"] == {"sim-b"} and served.answers("moves"), 30) < 30
+    seconds = served.until(lambda: served.kinds()["moves"] == {"sim-b"} and served.answers("moves"), 30)
+    print(f"served again after {seconds:.1f} s")
     assert served.answers("pair")
 
 

@@ -39,6 +39,8 @@ class RayNode:
     def head(cls, resources: Mapping[str, float]) -> Self:
         """A cluster of this machine alone: on the loopback address, its dashboard too, with token authentication."""
         use_token()
+        # Without this Ray takes the machine's outer address for its own, even when told the loopback address.
+        set_variables(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0")
         port, dashboard = _free_port(), _free_port()
         address = f"{_LOOPBACK}:{port}"
         options = [
