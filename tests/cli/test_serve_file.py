@@ -210,12 +210,10 @@ def test_a_lost_chip_leaves_the_deployment_degraded_with_the_reason(
     serve_file: Callable[[Path], Serving], write: Callable[..., Path]
 ) -> None:
     serving = serve_file(write(more="  - {name: doomed, model: FOLDER, backend: fake, options: {lose_chip_after: 3}}"))
-    started_s = time.monotonic()
     with pytest.raises(urllib.error.HTTPError) as caught:
         complete(serving, "doomed")
     caught.value.close()
-    until(lambda: "chip fake-0 is lost" in json.dumps(status_of(serving)), 3.0)
-    assert time.monotonic() - started_s < 10
+    until(lambda: "chip fake-0 is lost" in json.dumps(status_of(serving)))
 
 
 def test_only_a_file_of_the_servers_own_user_is_applied(

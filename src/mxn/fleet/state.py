@@ -41,13 +41,12 @@ class ReplicaRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FleetState(msgspec.Struct, kw_only=True):
-    """What survives a gateway. cordoned: chips that get no new replica, each with the reason. drained: placements."""
+    """What survives a gateway. cordoned: chips that get no new replica, each with the reason."""
 
     format: int = FORMAT
     mxn: str = __version__
     replicas: list[ReplicaRecord] = []
     cordoned: dict[str, str] = {}
-    drained: list[str] = []
 
 
 class RuntimeFolder:
@@ -114,7 +113,7 @@ class RuntimeFolder:
             return FleetState()
         if (state.format, state.mxn) != (FORMAT, __version__):
             log.warning("%s: written by mxn %s; its replicas end by themselves", path, state.mxn)
-            return FleetState(cordoned=state.cordoned, drained=state.drained)
+            return FleetState(cordoned=state.cordoned)
         return state
 
 

@@ -89,7 +89,8 @@ class LocalLauncher:
                 begun.process.kill()
                 await begun.process.wait()
                 begun.link.writer.close()
-        await asyncio.gather(*self._watchers)
+        if self._watchers:
+            await asyncio.wait(self._watchers, timeout=ADOPTION_S)
 
     def holds(self, load: Load, environment: Mapping[str, str]) -> bool:
         """True when an earlier gateway left a replica that `start` would take over for this."""
