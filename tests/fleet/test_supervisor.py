@@ -18,7 +18,7 @@ from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.core.request import SamplingParams
 from mxn.engine.tokenizer import Tokenizer
-from mxn.errors import ConfigError, OverloadedError, UnavailableError
+from mxn.errors import ConfigError, OverloadedError, ReplicaDiedError, UnavailableError
 from mxn.fleet.deployment import Deployment
 from mxn.fleet.spec import DeploymentSpec, FleetSpec, PlacementSpec
 from mxn.fleet.state import RuntimeFolder
@@ -202,6 +202,34 @@ async def test_a_lost_chip_is_fenced_and_the_plan_solved_again(stand: Stand) -> 
     await stand.supervisor.uncordon("a")
     await stand.settle()
     assert stand.running == Counter({("red", "a", 1): 1})
+
+
+async def test_requests_of_a_lost_chip_wait_for_its_replacement(stand: Stand) -> None:
+    def resolve(unusable: Collection[str]) -> FleetSpec:
+        if len(unusable) == 2:
+            raise ConfigError("red fits on no other chip")
+        chip = next(chip for chip in CHIPS if chip not in unusable)
+        return fleet_of(deployment_of("red", placement_of("red", chip, 4)))
+
+    await stand.supervisor.apply(resolve)
+    await stand.settle()
+    red = stand.deployment("red")
+    begun = asyncio.create_task(ask(red, stand.launcher))
+    await asyncio.sleep(0)
+    stand.launcher.load_s = 0.05
+    stand.launcher.alive[0].end("chip a is lost", chip_lost=True)
+    while red.is_ready or "a" not in stand.supervisor.cordoned:
+        await asyncio.sleep(0.001)
+    come_meanwhile = asyncio.create_task(ask(red, stand.launcher))
+    await asyncio.gather(begun, come_meanwhile)
+    assert stand.running == Counter({("red", "b", 1): 1})
+    await stand.settle()
+    in_vain = asyncio.create_task(ask(red, stand.launcher))
+    await asyncio.sleep(0)
+    stand.launcher.alive[0].end("chip b is lost", chip_lost=True)
+    with pytest.raises((ReplicaDiedError, UnavailableError)):
+        await in_vain
+    assert not red.accepts
 
 
 async def test_where_no_other_chip_will_do_the_deployment_is_degraded_and_says_why(stand: Stand) -> None:

@@ -53,6 +53,7 @@ class Deployment:
         self._tell_change = on_change
         self._on_chip_lost = on_chip_lost
         self.trouble = ""
+        self._is_recovering = False
         self._keepers: dict[str, Keeper] = {}
         self._ending: ReplicaState | None = None
         self._num_past_restarts = 0
@@ -168,10 +169,11 @@ class Deployment:
     @property
     def accepts(self) -> bool:
         """True when requests are served, or may wait because they soon will be: a replica that served is being started
-        again, or `on_demand` is set."""
+        again, one is sought for it elsewhere (`recover`), or `on_demand` is set."""
         if self._ending is not None:
             return False
-        return self.is_ready or self.on_demand is not None or any(k.is_coming_back for k in self._keepers.values())
+        is_expected = self.on_demand is not None or self._is_recovering
+        return self.is_ready or is_expected or any(k.is_coming_back for k in self._keepers.values())
 
     @property
     def num_waiting(self) -> int:
@@ -291,6 +293,20 @@ class Deployment:
         if (self.on_demand is None) != (on_demand is None):
             self.on_demand = on_demand
             self._on_change()
+
+    def recover(self, is_recovering: bool) -> None:
+        """Says that another place is sought for a replica that was lost, or that this has come to an end.
+
+        Until then sequences may wait though nothing is ready.
+        """
+        if self._is_recovering != is_recovering:
+            self._is_recovering = is_recovering
+            self._on_change()
+
+    @property
+    def is_recovering(self) -> bool:
+        """True while another place is sought for a replica that was lost."""
+        return self._is_recovering
 
     def drain(self) -> None:
         """Takes no new sequences from now on; those that are in line are still served."""

@@ -239,6 +239,7 @@ class Supervisor:
             self._wake.clear()
             self._look_at_use()
             self._step()
+            self._end_recoveries()
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
             with contextlib.suppress(TimeoutError):
@@ -446,9 +447,20 @@ class Supervisor:
                 log.error("%s is fenced: %s", chip.uid, reason)
                 self.cordoned[chip.uid] = reason
                 self._lost.add(chip.uid)
+        member = self._members.get(placement.id)
+        if member is not None and self.resolve is not None:
+            member.deployment.recover(True)
         self._save()
         self._spawn(self._plan_again())
         self._poke()
+
+    def _end_recoveries(self) -> None:
+        """Nobody waits any longer for a place that was found, or is not to be found."""
+        for deployment in (deployment for line in self._deployments.values() for deployment in line):
+            if deployment.is_recovering and not self._num_planning:
+                is_settled = all(keeper.is_settled for keeper in deployment.keepers)
+                if deployment.is_ready or is_settled:
+                    deployment.recover(False)
 
     async def _plan_again(self) -> None:
         """Solves the plan for the chips that may be used now; where that fails, what can still run does."""
