@@ -1,6 +1,6 @@
 """How far the calibrated cost model is off on points that it was not shown: decode, prefill, and which cell is faster.
 
-Measures one cell at a time; rounds of calibration and of held-out points take turns on the same replica, so that both
+Measures one cell at a time; points of the calibration and held-out points take turns on the same replica, so that both
 meet the same machine. The report is made of all cells that a folder holds.
 
 Run: python benchmarks/cost_model.py measure MODEL --backend cpu --quantisation int8 --out FOLDER
@@ -63,10 +63,14 @@ async def measure(model_name: str, backend_name: str, quantisation: str, budget_
         shown.prefill.clear()
         begin_s, rounds = time.monotonic(), 0
         while rounds == 0 or (time.monotonic() - begin_s) * (rounds + 1) / rounds < budget_s:
-            await shown.visit(PREFILL_TOKENS, DECODE_CONTEXTS, BATCHES)
-            await held.visit(HELD_CONTEXTS, HELD_CONTEXTS, HELD_BATCHES)
-            for context in HELD_CONTEXTS:
-                await held.decode_together(context, (4,))
+            for tokens in sorted({*PREFILL_TOKENS, *HELD_CONTEXTS}):
+                await (held if tokens in HELD_CONTEXTS else shown).prompt_alone(tokens)
+            for context in sorted({*DECODE_CONTEXTS, *HELD_CONTEXTS}):
+                if context in HELD_CONTEXTS:
+                    await held.visit((), (context,), HELD_BATCHES)
+                    await held.decode_together(context, (4,))
+                else:
+                    await shown.visit((), (context,), BATCHES)
             rounds += 1
         profile = profile_of(shown, info, backend, chip, model, settings, reader, None, None)
     finally:

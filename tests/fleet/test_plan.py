@@ -202,3 +202,29 @@ def test_the_order_of_nodes_and_deployments_changes_nothing(plans: dict[str, Pla
         {d.name: d.unserved for d in plan.deployments}, abs=2e-3
     )
     assert [stage.name for stage in turned.stages] == [stage.name for stage in plan.stages]
+
+
+def _priced(tmp_path: Path, limit: float, *, chips: str = "{h100-sxm: 2, mi300x: 2}") -> Plan:
+    path = tmp_path / "mxn.yaml"
+    path.write_text(
+        f"cluster: {{nodes: [{{name: n, chips: {chips}, host_memory_gib: 256}}]}}\n"
+        f"policy: {{objective: watts, limits: {{usd_per_hour: {limit}}}}}\n"
+        "deployments: [{model: llama-3.1-8b-instruct, context_length: 8192, "
+        "load: {requests_per_s: 3, prompt_tokens: 1000, output_tokens: 200}}]\n"
+    )
+    return make_plan(load_deployments(path))
+
+
+def test_a_limit_on_cost_is_kept_or_refused_with_the_least_that_would_do(tmp_path: Path) -> None:
+    free = _priced(tmp_path, 1e6)
+    assert free.usd_per_hour is not None
+    assert free.notes == ()
+    with pytest.raises(ConfigError, match=r"usd_per_hour is 0\.01; the cheapest plan .* costs"):
+        _priced(tmp_path, 0.01)
+    tight = _priced(tmp_path, free.usd_per_hour)
+    assert tight.usd_per_hour == pytest.approx(free.usd_per_hour)
+
+
+def test_a_limit_on_cost_that_nobody_can_check_fails_the_plan(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"usd_per_hour cannot be checked: the cards of epyc-9654 have no price"):
+        _priced(tmp_path, 100.0, chips="{epyc-9654: 2}")

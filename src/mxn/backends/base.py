@@ -96,12 +96,17 @@ class Capabilities:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryEstimate:
-    """Bytes a loaded model will take on a chip, part by part."""
+    """Bytes a loaded model will take on a chip, part by part.
+
+    loading: the most that is held at once while it is loaded, all parts together, the KV cache left out; None where
+      that is no more than what stays.
+    """
 
     weights: Quantity
     kv_cache: Quantity
     activations: Quantity
     overhead: Quantity
+    loading: Quantity | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

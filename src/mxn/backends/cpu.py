@@ -87,6 +87,7 @@ class CpuBackend(Backend):
                 source="resident size of torch and transformers, seen on one machine",
                 relative_error=0.5,
             ),
+            loading=_estimate_loading(model, quantisation),
         )
 
     def power(self, chip: Chip) -> PowerReader:
@@ -142,8 +143,22 @@ def _estimate_weights(model: ModelSpec, quantisation: str) -> Quantity:
         table = model.vocab_size * model.hidden_size
         per_weight, name = (0.625, "5 bits") if quantisation == "int4" else (1.0, "1 byte")
         size = per_weight * (model.num_parameters - table) + 5.0 * table
-        source = f"{name} per parameter, and a float32 embedding table; while loading, 4 bytes per parameter"
+        source = f"{name} per parameter, and a float32 embedding table"
     return Quantity(value=size, unit="B", provenance=Provenance.ESTIMATED, source=source, relative_error=0.2)
+
+
+def _estimate_loading(model: ModelSpec, quantisation: str) -> Quantity | None:
+    """A model whose weights are quantised here is whole in float32 first, and both are there for a moment."""
+    weights = _estimate_weights(model, quantisation)
+    if model.num_parameters is None or weights.value is None or quantisation in _BYTES_PER_WEIGHT:
+        return None
+    return Quantity(
+        value=_LIBRARY_BYTES + 4.0 * model.num_parameters + weights.value,
+        unit="B",
+        provenance=Provenance.ESTIMATED,
+        source="libraries, float32 weights and the quantised ones beside them",
+        relative_error=0.2,
+    )
 
 
 def _estimate_kv(model: ModelSpec, settings: LoadSettings, chip: Chip, quantisation: str) -> Quantity:

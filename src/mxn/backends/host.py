@@ -64,6 +64,19 @@ def resident_bytes(pid: int) -> Quantity:
     return Quantity(value=float(total), unit="B", provenance=Provenance.MEASURED, source="its resident set")
 
 
+def peak_resident_bytes() -> float | None:
+    """The most memory that this process ever held in RAM; None where the system does not tell.
+
+    Not getrusage's figure: that one is never below what the parent held when it started this process.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    return 1024.0 * int(found[1]) if found else None
+
+
 def _cgroup_cores() -> float | None:
     """CPU time quota of the container in cores, or None when there is none."""
     try:

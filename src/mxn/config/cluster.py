@@ -89,6 +89,13 @@ class StabilityConfig(Checked):
     """A started replica costs its load time as if it lasted so long."""
 
 
+class LimitsConfig(Checked):
+    """What a whole plan may not exceed. Power budgets are the cluster's, limits on latency each deployment's."""
+
+    usd_per_hour: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """What all chips that replicas use may cost, by the cards' tco_usd_per_hour, else price_usd_per_hour."""
+
+
 class PolicyConfig(Checked):
     """What a plan is made for, once everybody is served."""
 
@@ -96,6 +103,8 @@ class PolicyConfig(Checked):
     """What to save; of a list, later ones decide between plans that are equal in the earlier ones."""
     fallback: Literal["refuse", "warn", "allow"] = "refuse"
     """When load stays unserved: fail, warn, or take it."""
+    limits: LimitsConfig = LimitsConfig()
+    """What a plan may not exceed."""
     stability: StabilityConfig = StabilityConfig()
     """When replicas that run are moved."""
     effort: Literal["fast", "refined", "exact"] | None = None

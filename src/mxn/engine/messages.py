@@ -80,6 +80,7 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
 
     weight_bytes, kv_bytes: None where a server keeps them to itself.
     memory_bytes: that it takes once warmed up, by the backend's own meter; None where there is none.
+    load_peak_bytes: the most that it held while it loaded, on a processor, whose memory is its process's.
     num_blocks, block_size: 0 where mxn divides no cache.
     dimensions: numbers in a vector, from a model that embeds.
     refused: request fields that it cannot serve, by the names of the API.
@@ -107,6 +108,7 @@ class ReplicaInfo(msgspec.Struct, kw_only=True):
     can_continue: bool = False
     prefix_fingerprint: str = ""
     memory_bytes: float | None = None
+    load_peak_bytes: float | None = None
     power_source: str = "none"
     power_provenance: str = "unavailable"
 

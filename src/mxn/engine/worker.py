@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mxn.backends.base import Backend, Embedder, Executor, PagedKV
+from mxn.backends.host import peak_resident_bytes
 from mxn.backends.registry import load_backend
 from mxn.config.environment import log_level
 from mxn.core.request import FinishReason, SequenceOutput
@@ -197,6 +198,7 @@ def _load(
     described = _describe(message, loaded, seconds)
     described.power_source, described.power_provenance = power.name, PROVENANCE[power.kind]
     described.memory_bytes = backend.memory_used(message.chips[0], os.getpid()).value
+    described.load_peak_bytes = peak_resident_bytes() if message.chips[0].uid.startswith("cpu") else None
     if isinstance(loaded, Embedder):
         limits = BatchLimits(max_num_seqs=settings.max_num_seqs, max_step_tokens=settings.max_step_tokens)
         described.dimensions = loaded.dimensions

@@ -34,6 +34,7 @@ class Fit:
     """Memory on one chip for one replica.
 
     kv_cache: for the sequences asked for, at full length. kv_bytes_per_token: on one chip.
+    loading: the most that is held while the model loads, before there is a KV cache; None where it is no matter.
     available_bytes: what the replica may take there.
     """
 
@@ -44,6 +45,7 @@ class Fit:
     reserve: Quantity
     kv_bytes_per_token: float
     available_bytes: float
+    loading: Quantity | None = None
 
     @property
     def parts(self) -> dict[str, Quantity]:
@@ -57,16 +59,20 @@ class Fit:
 
     @property
     def needed_bytes(self) -> float | None:
-        """All parts as estimated; None when one of them is unknown."""
+        """All parts as estimated, or what loading takes where that is more; None when one of them is unknown."""
         values = [part.value for part in self.parts.values()]
-        return None if None in values else float(sum(value for value in values if value is not None))
+        if None in values:
+            return None
+        loading = self.loading.value if self.loading is not None else None
+        return max(sum(value or 0.0 for value in values), (loading or 0.0) + (self.reserve.value or 0.0))
 
     @property
     def most_bytes(self) -> float | None:
-        """All parts, each as much above its estimate as its error allows."""
+        """The same, each part as much above its estimate as its error allows."""
         if self.needed_bytes is None:
             return None
-        return sum((part.value or 0.0) * (1 + (part.relative_error or 0.0)) for part in self.parts.values())
+        loading = _most(self.loading) if self.loading is not None else 0.0
+        return max(sum(map(_most, self.parts.values())), loading + _most(self.reserve))
 
     @property
     def verdict(self) -> Verdict:
@@ -87,7 +93,7 @@ class Fit:
         """What the other parts surely leave for KV cache."""
         if self.most_bytes is None or self.kv_cache.value is None:
             return 0.0
-        return max(0.0, self.available_bytes - self.most_bytes + self.kv_cache.value)
+        return max(0.0, self.available_bytes - sum(map(_most, self.parts.values())) + self.kv_cache.value)
 
 
 def fit_model(
@@ -150,7 +156,12 @@ def fit_model(
         ),
         kv_bytes_per_token=per_token / num_chips,
         available_bytes=memory_bytes,
+        loading=_divided(estimate.loading, num_chips) if estimate.loading is not None else None,
     )
+
+
+def _most(quantity: Quantity) -> float:
+    return (quantity.value or 0.0) * (1 + (quantity.relative_error or 0.0))
 
 
 def kv_bytes_per_token(architecture: Architecture, spec: ModelSpec, bytes_per_element: float) -> float:

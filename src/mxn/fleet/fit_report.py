@@ -48,6 +48,9 @@ class FitReport:
                 continue
             error = f" ± {part.relative_error:.0%}" if part.relative_error else ""
             yield f"  {name:<12} {part.value / GIB:8.3f} GiB{error}  {part.provenance}: {part.source}"
+        if (loading := fit.loading) is not None and loading.value is not None:
+            error = f" ± {loading.relative_error:.0%}" if loading.relative_error else ""
+            yield f"  {'or, loading':<12} {loading.value / GIB:8.3f} GiB{error}  {loading.provenance}: {loading.source}"
 
 
 def fit_reports(

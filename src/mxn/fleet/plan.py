@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from mxn.config.cluster import PolicyConfig
 from mxn.config.deployments import DeploymentsFile
 from mxn.config.model_card import load_model_cards
+from mxn.errors import ConfigError
 from mxn.fleet.calibration.fitting import Calibration
 from mxn.fleet.calibration.store import MeasurementStore
 from mxn.fleet.cells import Candidate, Rejection
 from mxn.fleet.inventory import Inventory, change_inventory, take_inventory
 from mxn.fleet.planner.problem import SLICES_PER_CHIP, Demand, Option
 from mxn.fleet.planner.solve import Effort, Outcome, StageReport, solve_placement
-from mxn.fleet.posing import Posed, Running, idle_watts, pose
+from mxn.fleet.posing import Posed, Running, chip_usd_per_hour, idle_watts, pose
 from mxn.fleet.relaxations import relaxations
 from mxn.fleet.seats import Seat, assign_seats
 
@@ -101,7 +103,10 @@ class Price:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """calibration: where the figures behind the ranking come from. gap: to a proven bound, of the worst stage."""
+    """calibration: where the figures behind the ranking come from. gap: to a proven bound, of the worst stage.
+
+    usd_per_hour: of the chips that replicas use; None when one of them has no price. notes: what else is to be known.
+    """
 
     calibration: str
     objective: tuple[str, ...]
@@ -113,6 +118,8 @@ class Plan:
     chips_used: dict[str, float]
     chips_there: dict[str, int]
     prices: tuple[Price, ...] = field(default=())
+    usd_per_hour: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -162,8 +169,47 @@ def solve_plan(
     )
     if what_if:
         inventory = change_inventory(inventory, what_if)
-    posed = pose(file.deployments, file.policy, inventory, load_model_cards(), running)
-    chosen = effort or file.policy.effort or _effort_for(posed)
+    limit = file.policy.limits.usd_per_hour
+    solved = _solve(file, file.policy, inventory, effort, running)
+    if limit is None or _keeps(solved, limit):
+        return solved
+    # Within the limit the objective still decides between plans that cost the same.
+    rest = tuple(objective for objective in file.policy.objectives if objective != "cost")
+    cheapest = _solve(file, file.policy.model_copy(update={"objective": ("cost", *rest)}), inventory, effort, running)
+    if not _keeps(cheapest, limit):
+        raise ConfigError(
+            f"policy.limits.usd_per_hour is {limit:g}; the cheapest plan that serves as much costs "
+            f"{cheapest.plan.usd_per_hour:.4g}, and the best by {', '.join(file.policy.objectives)} "
+            f"{solved.plan.usd_per_hour:.4g}"
+        )
+    note = (
+        f"the best plan by {', '.join(file.policy.objectives)} costs {solved.plan.usd_per_hour:.4g} USD/h, above the "
+        f"limit of {limit:g}; this is the cheapest"
+    )
+    return replace(cheapest, plan=replace(cheapest.plan, notes=(*cheapest.plan.notes, note)))
+
+
+def _keeps(solved: Solved, limit: float) -> bool:
+    """Whether a plan keeps within a limit on its cost. Raises: ConfigError when nobody can say."""
+    if solved.plan.usd_per_hour is None:
+        nameless = [
+            name
+            for name, used in solved.plan.chips_used.items()
+            if used and chip_usd_per_hour(solved.inventory.kinds[name]) is None
+        ]
+        raise ConfigError(
+            f"policy.limits.usd_per_hour cannot be checked: the cards of {', '.join(nameless)} have no price; "
+            "give them tco_usd_per_hour, or take the limit away"
+        )
+    return solved.plan.usd_per_hour <= limit * (1 + 1e-9)
+
+
+def _solve(
+    file: DeploymentsFile, policy: PolicyConfig, inventory: Inventory, effort: Effort | None, running: Running | None
+) -> Solved:
+    """The plan of one policy, its limits left aside."""
+    posed = pose(file.deployments, policy, inventory, load_model_cards(), running)
+    chosen = effort or policy.effort or _effort_for(posed)
     outcome = solve_placement(posed.problem, effort=chosen)
     seats = assign_seats(posed.problem, posed.groups, outcome.assignment)
     deployments = tuple(_planned(demand, posed, outcome, seats, inventory) for demand in posed.problem.demands)
@@ -173,7 +219,7 @@ def solve_plan(
             used[placement.kind] += placement.replicas * placement.chips_per_replica
     plan = Plan(
         calibration=_calibration(posed),
-        objective=file.policy.objectives,
+        objective=policy.objectives,
         deployments=deployments,
         stages=outcome.stages,
         gap=outcome.gap,
@@ -181,9 +227,20 @@ def solve_plan(
         watts=_watts(posed, outcome, inventory, used),
         chips_used=used,
         chips_there={kind: inventory.num_chips(kind) for kind in inventory.kinds},
-        prices=tuple(_prices(posed, outcome, file.policy.objectives[0])),
+        prices=tuple(_prices(posed, outcome, policy.objectives[0])),
+        usd_per_hour=_usd_per_hour(inventory, used),
     )
     return Solved(plan=plan, inventory=inventory, posed=posed, replicas=outcome.assignment.replicas)
+
+
+def _usd_per_hour(inventory: Inventory, used: Mapping[str, float]) -> float | None:
+    total = 0.0
+    for name, count in used.items():
+        price = chip_usd_per_hour(inventory.kinds[name])
+        if price is None and count:
+            return None
+        total += count * (price or 0.0)
+    return total
 
 
 def _calibration(posed: Posed) -> str:

@@ -15,6 +15,7 @@ def plan_lines(plan: Plan, *, explain: bool = False) -> Iterator[str]:
     watts = "unknown watts" if plan.watts is None else f"{plan.watts:.0f} W"
     state = "everything is served" if plan.is_complete else "NOT everything is served"
     yield f"{state}; {watts}; objective {', '.join(plan.objective)}; {plan.effort}; gap {_per_cent(plan.gap)}"
+    yield from (f"note: {note}" for note in plan.notes)
     yield ""
     header = ("deployment", "replicas", "where", "through", "GiB/chip", "TTFT ms", "TPOT ms", "req/s", "tok/s")
     rows: list[tuple[str, ...]] = [(*header, "W", "tok/s/W")]

@@ -105,6 +105,12 @@ def idle_watts(kind: ChipKind) -> float | None:
     return card_idle_w(kind.card) if kind.card is not None and kind.card.tdp_w is not None else None
 
 
+def chip_usd_per_hour(kind: ChipKind) -> float | None:
+    """What a chip costs to own, else to rent; None when its card knows neither."""
+    price = (kind.card.tco_usd_per_hour or kind.card.price_usd_per_hour) if kind.card else None
+    return price.value if price else None
+
+
 def _cards_of(deployments: Sequence[DeploymentConfig], cards: Mapping[str, ModelCard]) -> dict[str, ModelCard]:
     found, faults = {}, []
     for deployment in deployments:
@@ -262,11 +268,10 @@ def _cost(
             raise ConfigError(f"the objective is {objective} and nobody knows the watts of {name}: give its card tdp_w")
         return max(0.0, found.idle_w + (found.busy_w - found.idle_w) * utilisation - idle)
     if objective == "cost":
-        card = inventory.kinds[name].card
-        price = (card.tco_usd_per_hour or card.price_usd_per_hour) if card else None
+        price = chip_usd_per_hour(inventory.kinds[name])
         if price is None:
             raise ConfigError(f"the objective is cost and the card of {name} has no price: give it tco_usd_per_hour")
-        return chips * price.value
+        return chips * price
     if objective == "latency":
         parts = load_parts(deployment)
         output = sum(part.share * part.output_tokens for part in parts)

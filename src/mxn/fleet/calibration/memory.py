@@ -30,7 +30,8 @@ class MemoryObservation:
     """What one load took, and what was expected of it.
 
     family: the model's architecture. resident_bytes: after warming up, by the backend's own meter, without KV cache.
-    weight_bytes: as the replica reports them. estimated_*: the backend's estimate for the same load.
+    weight_bytes: as the replica reports them. peak_bytes: the most that was held while it loaded; None where nobody
+    looked. estimated_*: the backend's estimate for the same load.
     """
 
     family: str
@@ -42,6 +43,8 @@ class MemoryObservation:
     resident_bytes: Amount
     estimated_weight_bytes: Amount
     estimated_other_bytes: Amount
+    peak_bytes: Amount | None = None
+    estimated_peak_bytes: Amount | None = None
 
     @property
     def cell(self) -> str:
@@ -67,7 +70,9 @@ def observe(load: Load, info: ReplicaInfo) -> MemoryObservation | None:
     if info.memory_bytes is None or not info.weight_bytes or backend.capabilities(chip).is_scripted:
         return None
     cache = 0 if chip.uid.startswith("cpu") else info.kv_bytes or 0
-    estimate = backend.estimate(load.model.spec, replace(load.settings, quantisation=cast(QuantisationName, info.quantisation)), chip)
+    estimate = backend.estimate(
+        load.model.spec, replace(load.settings, quantisation=cast(QuantisationName, info.quantisation)), chip
+    )
     if estimate.weights.value is None:
         return None
     return MemoryObservation(
@@ -80,6 +85,8 @@ def observe(load: Load, info: ReplicaInfo) -> MemoryObservation | None:
         resident_bytes=max(0.0, info.memory_bytes - cache),
         estimated_weight_bytes=estimate.weights.value,
         estimated_other_bytes=(estimate.activations.value or 0.0) + (estimate.overhead.value or 0.0),
+        peak_bytes=info.load_peak_bytes,
+        estimated_peak_bytes=estimate.loading.value if estimate.loading else None,
     )
 
 
@@ -108,9 +115,9 @@ def corrected(
 ) -> MemoryEstimate:
     """The estimate, its weights and its rest corrected by what loads on the same chip through the same backend took.
 
-    Weights go by the factor seen for the model's family and format; activations and overhead together by the factor
-    seen for the backend. Loads with these versions count alone when there are any; otherwise others do, with wider
-    error bars. Nothing seen: the estimate as it was.
+    Weights and what loading holds go by the factor seen for the model's family and format; activations and overhead
+    together by the factor seen for the backend. Loads with these versions count alone when there are any; otherwise
+    others do, with wider error bars. Nothing seen: the estimate as it was.
     """
     here = [one for one in observations if one.chip == chip and one.backend == backend]
     same = [one for one in here if one.versions == versions]
@@ -120,19 +127,13 @@ def corrected(
         estimate.weights, [one.weight_bytes / one.estimated_weight_bytes for one in alike if one.estimated_weight_bytes]
     )
     rest = [one.other_bytes / one.estimated_other_bytes for one in chosen if one.estimated_other_bytes]
-    found = MemoryEstimate(
-        weights=weights,
-        kv_cache=estimate.kv_cache,
-        activations=_scaled(estimate.activations, rest),
-        overhead=_scaled(estimate.overhead, rest),
-    )
-    if not widened:
-        return found
+    peaks = [one.peak_bytes / one.estimated_peak_bytes for one in alike if one.peak_bytes and one.estimated_peak_bytes]
     return MemoryEstimate(
-        weights=_widened(found.weights, widened) if alike else found.weights,
-        kv_cache=found.kv_cache,
-        activations=_widened(found.activations, widened) if rest else found.activations,
-        overhead=_widened(found.overhead, widened) if rest else found.overhead,
+        weights=_widened(weights, widened if alike else 0.0),
+        kv_cache=estimate.kv_cache,
+        activations=_widened(_scaled(estimate.activations, rest), widened if rest else 0.0),
+        overhead=_widened(_scaled(estimate.overhead, rest), widened if rest else 0.0),
+        loading=_widened(_scaled(estimate.loading, peaks), widened if peaks else 0.0) if estimate.loading else None,
     )
 
 
@@ -151,5 +152,7 @@ def _scaled(quantity: Quantity, factors: Sequence[float]) -> Quantity:
 
 
 def _widened(quantity: Quantity, error: float) -> Quantity:
+    if not error:
+        return quantity
     text = f"{quantity.source}, with other versions"
     return replace(quantity, relative_error=(quantity.relative_error or 0.0) + error, source=text)
