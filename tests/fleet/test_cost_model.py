@@ -9,9 +9,19 @@ from mxn.config.cluster import BackendConfig
 from mxn.config.demand import LengthConfig, SloConfig
 from mxn.config.model_card import load_model_cards
 from mxn.core.chip import Chip
-from mxn.fleet.cost_model import UNCALIBRATED_GPU, CostModel, Engine, Missed, Prediction, engine_of
+from mxn.fleet.calibration.fitting import Calibrated, StepTimes
+from mxn.fleet.calibration.profile import Power
+from mxn.fleet.cost_model import (
+    UNCALIBRATED_GPU,
+    CostModel,
+    Engine,
+    Missed,
+    Prediction,
+    calibrated_engine,
+    engine_of,
+)
 from mxn.fleet.fit import GIB, Fit, fit_model
-from mxn.fleet.work import Shape
+from mxn.fleet.work import Costs, Shape
 
 H100 = load_chip_cards()["h100-sxm"]
 PARTS = (LengthConfig(share=1.0, prompt_tokens=1000, output_tokens=200),)
@@ -142,3 +152,31 @@ def test_a_card_without_a_needed_figure_gives_its_name_not_a_number() -> None:
     nameless = engine_of(H100.model_copy(update={"tdp_w": None}), "bf16", 1, 1)
     assert isinstance(nameless, Engine)
     assert nameless.full_w is None
+
+
+@pytest.mark.parametrize(("kind", "idle_w", "full_w"), [("counter", 50.0, 300.0), ("modelled", 70.0, 700.0)])
+def test_measured_watts_count_and_modelled_ones_do_not(kind: str, idle_w: float, full_w: float) -> None:
+    costs = Costs(steps=1.0)
+    found = Calibrated(
+        times=StepTimes(prefill=costs, decode=costs, kind="measured", source=""),
+        power=Power(source="p", kind=kind, detail="", idle_w=50.0, busy_w=300.0),
+        weight_bytes=1.0,
+        kv_bytes_per_element=2.0,
+        load_s=1.0,
+    )
+    engine = calibrated_engine(found, H100, 1)
+    assert (engine.idle_w, engine.full_w) == (idle_w, full_w)
+
+
+def test_a_part_of_a_chip_takes_so_much_longer_but_for_the_step_itself() -> None:
+    found = Calibrated(
+        times=StepTimes(
+            prefill=Costs(linear_flops=1.0), decode=Costs(weight_bytes=2.0, steps=3.0), kind="measured", source=""
+        ),
+        power=Power(source="", kind="none", detail="", idle_w=None, busy_w=None),
+        weight_bytes=1.0,
+        kv_bytes_per_element=2.0,
+        load_s=None,
+    )
+    times = calibrated_engine(found, None, 0.25).times
+    assert (times.prefill.linear_flops, times.decode.weight_bytes, times.decode.steps) == (4.0, 8.0, 3.0)

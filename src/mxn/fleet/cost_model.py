@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from mxn.config.chip_card import ChipCard
 from mxn.config.demand import LengthConfig, SloConfig
+from mxn.energy.reader import ReaderKind
 from mxn.fleet.calibration.fitting import Calibrated, Kind, StepTimes
 from mxn.fleet.fit import Fit
 from mxn.fleet.work import Costs, Shape
@@ -21,6 +22,7 @@ UTILISATION = 0.8
 """Share of its time a replica is planned to be busy; the rest keeps queues short."""
 _LOAD_BYTES_PER_S = 1.5e9
 _START_S = 20.0
+_METERS = (ReaderKind.COUNTER, ReaderKind.SAMPLED, ReaderKind.EXTERNAL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -221,7 +223,7 @@ def calibrated_engine(found: Calibrated, card: ChipCard | None, num_chips: float
     """
     rates = assumed_rates(card) if card else UNCALIBRATED_CPU
     idle_w, full_w = found.power.idle_w, found.power.busy_w
-    is_metered = idle_w is not None and full_w is not None
+    is_metered = found.power.kind in _METERS and idle_w is not None and full_w is not None
     if not is_metered:
         idle_w, full_w = card_idle_w(card) if card else None, card.tdp_w.value if card and card.tdp_w else None
     times = found.times

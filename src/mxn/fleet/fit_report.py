@@ -11,6 +11,7 @@ from mxn.config.cluster import ClusterConfig, NodeConfig
 from mxn.config.model_card import find_model_card, load_model_cards
 from mxn.core.model import QuantisationName
 from mxn.errors import ConfigError, ModelError
+from mxn.fleet.calibration.store import MeasurementStore
 from mxn.fleet.fit import GIB, Fit, fit_model
 from mxn.fleet.inventory import take_inventory
 
@@ -61,8 +62,11 @@ def fit_reports(
     sequences: int = 1,
     quantisation: str | None = None,
     memory_gib: float | None = None,
+    store: MeasurementStore | None = None,
 ) -> list[FitReport]:
-    """One report for each chip, backend that supports the model there, and format.
+    """One report for each chip, backend that supports the model there, and format; corrected by what loads took.
+
+    store: of measurements; the user's when left out.
 
     Raises: ModelError for a model without a card or facts; ConfigError for a chip without one, or a format not offered.
     """
@@ -74,6 +78,7 @@ def fit_reports(
     node = NodeConfig(name="here") if chip is None else _described(chip, memory_gib)
     inventory = take_inventory(ClusterConfig(nodes=(node,)))
     tokens = min(context or spec.max_context, spec.max_context)
+    seen = (store or MeasurementStore()).memory()
     reports, refusals = [], []
     for group in inventory.groups:
         kind = inventory.kinds[group.kind]
@@ -95,6 +100,7 @@ def fit_reports(
                     sequences=sequences,
                     memory_bytes=group.memory_bytes,
                     max_num_seqs=max(64, sequences),
+                    seen=seen,
                 )
                 reports.append(
                     FitReport(
