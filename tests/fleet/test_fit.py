@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mxn.config.cluster import BackendConfig
@@ -95,3 +97,34 @@ def test_a_report_covers_every_format_the_backend_offers() -> None:
 def test_what_cannot_be_said_is_refused_with_what_there_is(arguments, kind, part) -> None:
     with pytest.raises(kind, match=part):
         fit_reports(**arguments)
+
+
+def _here(backend: str, quantisation: str) -> Fit:
+    spec = load_model_cards()["smollm2-135m-instruct"].architecture.spec()
+    assert spec is not None
+    chip = Chip(uid="cpu-0", kind=None, name="CPU", vendor="v", memory_bytes=64 * GIB, cores=2)
+    return fit_model(
+        load_model_cards()["smollm2-135m-instruct"].architecture,
+        spec,
+        backend,
+        chip,
+        quantisation=quantisation,  # type: ignore[arg-type]
+        context=1024,
+        sequences=1,
+        memory_bytes=8 * GIB,
+    )
+
+
+def test_slots_are_counted_in_the_numbers_that_their_backend_keeps() -> None:
+    assert _here("onnx", "int8").kv_bytes_per_token == 2 * _here("cpu", "int8").kv_bytes_per_token
+
+
+def test_what_loading_holds_counts_where_it_is_more_than_what_stays() -> None:
+    fit = _here("cpu", "int8")
+    stays = sum(part.value or 0 for part in fit.parts.values())
+    assert fit.loading is not None
+    assert fit.loading.value is not None
+    assert fit.needed_bytes == fit.loading.value + (fit.reserve.value or 0) > stays
+    assert _here("cpu", "fp32").loading is None
+    more = replace(fit, kv_cache=replace(fit.kv_cache, value=4.0 * GIB))
+    assert more.needed_bytes == stays - (fit.kv_cache.value or 0) + 4.0 * GIB
