@@ -367,7 +367,7 @@ async def test_the_line_for_a_cold_model_has_an_end(stand: Stand) -> None:
 async def test_a_cold_model_that_cannot_be_loaded_turns_its_line_away(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mxn.fleet.supervisor._TRY_AGAIN_S", 0.3)
+    monkeypatch.setattr("mxn.fleet.on_demand.TRY_AGAIN_S", 0.3)
     await stand.go(fleet_of(cold("red", 4)))
     red = stand.deployment("red")
     stand.launcher.failing.add("red")

@@ -9,20 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mxn.engine.messages import load_key
 from mxn.engine.tokenizer import Tokenizer
 from mxn.errors import ConfigError, MxnError
 from mxn.fleet.deployment import Deployment
-from mxn.fleet.keeper import Keeper
 from mxn.fleet.launchers.base import Launcher
 from mxn.fleet.launchers.in_turn import InTurn
-from mxn.fleet.spec import DeploymentSpec, FleetSpec, PlacementSpec, load_of
+from mxn.fleet.member import Member, key_of
+from mxn.fleet.on_demand import OnDemand
+from mxn.fleet.room import spared_for
+from mxn.fleet.spec import DeploymentSpec, FleetSpec, PlacementSpec
 from mxn.fleet.state import RuntimeFolder
 
 log = logging.getLogger(__name__)
@@ -30,31 +30,10 @@ log = logging.getLogger(__name__)
 _LOOK_S = 0.25
 """How often it is looked whether a model is idle, where that matters to another or to itself."""
 
-_TRY_AGAIN_S = 10.0
-"""How long a model that failed to load on demand is not tried again."""
 _GIB = 1 << 30
 
 Resolve = Callable[[Collection[str]], FleetSpec]
 """What should run when the chips of these uids may not be used. Raises: MxnError when that cannot be."""
-
-
-@dataclass(slots=True)
-class Member:
-    """A replica that is there. key: what it was started as. ending: set while it is being drained and stopped."""
-
-    deployment: Deployment
-    keeper: Keeper
-    key: str
-    ending: asyncio.Task[None] | None = None
-
-    @property
-    def placement(self) -> PlacementSpec:
-        return self.keeper.placement
-
-    @property
-    def holds_memory(self) -> bool:
-        """False once it has failed for good: its process is gone."""
-        return self.ending is not None or self.keeper.state != "failed"
 
 
 class Supervisor:
@@ -77,9 +56,7 @@ class Supervisor:
         self._waiting: dict[str, str] = {}
         self._cramped: set[str] = set()
         self._drained: set[tuple[str, str]] = set()
-        self._loaded: set[str] = set()
-        self._used: dict[str, float] = {}
-        self._num_ended: dict[str, int] = {}
+        self._on_demand = OnDemand()
         self._lost: set[str] = set()
         self._emptied: set[str] = set()
         self._wake = asyncio.Event()
@@ -117,7 +94,7 @@ class Supervisor:
 
     def free_bytes(self, chip: str) -> float:
         """Memory of a chip that is promised to nobody."""
-        promised = sum(m.placement.memory_bytes for m in self._members.values() if m.holds_memory and _is_on(m, chip))
+        promised = sum(m.placement.memory_bytes for m in self._members.values() if m.holds_memory and m.is_on(chip))
         return self._spec.memory_bytes.get(chip, float("inf")) - promised
 
     # ------------------------------------------------------------------ what should be
@@ -154,8 +131,7 @@ class Supervisor:
 
     def keep_loaded(self, name: str) -> None:
         """Has a deployment that is loaded on demand begin loaded, because it is so already."""
-        self._used[name] = time.monotonic()
-        self._loaded.add(name)
+        self._on_demand.ask_for(name)
 
     async def apply(self, resolve: Resolve) -> FleetSpec:
         """Makes a new plan and goes over to it. Raises: MxnError when it cannot be; what was wanted stays so then."""
@@ -190,7 +166,7 @@ class Supervisor:
         A chip is cordoned and what runs there moves, where there is room. A deployment or replica stays away until the
         next `apply`. Raises: ConfigError when nothing is called so.
         """
-        on_chip = [m for m in self._members.values() if _is_on(m, name)]
+        on_chip = [m for m in self._members.values() if m.is_on(name)]
         if on_chip or name in self.cordoned:
             await self.cordon(name, "drained by hand")
             self._emptied.add(name)
@@ -219,7 +195,8 @@ class Supervisor:
     @property
     def is_settled(self) -> bool:
         """True when nothing is on the way."""
-        return not (self._tasks or self._num_planning or self._wake.is_set() or any(map(_is_moving, self.members)))
+        is_moving = any(member.is_moving for member in self.members)
+        return not (is_moving or self._tasks or self._num_planning or self._wake.is_set())
 
     async def stop(self, drain_s: float) -> None:
         """Drains for at most `drain_s` seconds and ends all replicas."""
@@ -263,12 +240,12 @@ class Supervisor:
     def _goals(self) -> Iterator[tuple[Deployment, PlacementSpec]]:
         """Placements that should be there now."""
         for spec in self._spec.deployments:
-            if (spec.name, "") in self._drained or (spec.is_on_demand and not self._is_loaded(spec)):
+            if (spec.name, "") in self._drained or (spec.is_on_demand and not self._on_demand.is_wanted(spec)):
                 continue
             deployment = self._deployments[spec.name][-1]
             drained = [key for name, key in self._drained if name == spec.name]
             for placement in spec.placements:
-                key = _key_of(spec, placement)
+                key = key_of(spec, placement)
                 if key in drained:
                     drained.remove(key)
                 elif not any(chip.uid in self._lost | self._emptied for chip in placement.chips):
@@ -281,7 +258,7 @@ class Supervisor:
         kept: set[str] = set()
         missing = []
         for deployment, placement in goals:
-            key = _key_of(deployment.spec, placement)
+            key = key_of(deployment.spec, placement)
             for member in self._members.values():
                 is_free = member.ending is None and member.keeper.id not in kept
                 if is_free and member.deployment is deployment and member.key == key:
@@ -309,51 +286,23 @@ class Supervisor:
         taken = {member.keeper.id for member in self._members.values()}
         free_id = next(f"{name}/{i}" for i in range(len(taken) + 1) if f"{name}/{i}" not in taken)
         keeper = deployment.add(replace(placement, id=free_id))
-        self._members[free_id] = Member(deployment, keeper, _key_of(deployment.spec, placement))
+        self._members[free_id] = Member(deployment, keeper, key_of(deployment.spec, placement))
         kept.add(free_id)
 
     def _make_room(
         self, deployment: Deployment, placement: PlacementSpec, short: Sequence[str], kept: Collection[str]
     ) -> bool:
-        """Ends what can be spared on chips that lack memory, if that is enough. What is ending already counts first."""
-        victims: dict[str, Member] = {}
-        for chip in short:
-            lacking = placement.memory_bytes - self.free_bytes(chip)
-            there = [m for m in self._members.values() if _is_on(m, chip) and m.holds_memory]
-            going = [m for m in there if m.ending is not None or m.keeper.id in victims]
-            lacking -= sum(m.placement.memory_bytes for m in going)
-            for member in (*self._unwanted(there, kept), *self._idle(there, kept, deployment)):
-                if lacking > 0 and member.keeper.id not in victims:
-                    lacking -= member.placement.memory_bytes
-                    victims[member.keeper.id] = member
-            if lacking > 0:
-                return False
-        for member in victims.values():
+        """Ends what can be spared on chips that lack memory, if that is enough."""
+        lacking = {chip: placement.memory_bytes - self.free_bytes(chip) for chip in short}
+        victims = spared_for(deployment.name, lacking, self.members, kept, self._on_demand)
+        for member in victims or ():
             if member.keeper.id in kept:
                 log.info("%s is unloaded to make room for %s", member.deployment.name, deployment.name)
-                self._loaded.discard(member.deployment.name)
+                self._on_demand.drop(member.deployment.name)
             elif member.deployment.name == deployment.name:
                 log.warning("%s ends before its successor is ready: there is no room for both", member.keeper.id)
             self._end(member)
-        return True
-
-    def _unwanted(self, there: Sequence[Member], kept: Collection[str]) -> list[Member]:
-        """Replicas that leave anyway; first those whose deployment has others."""
-        leaving = [m for m in there if m.ending is None and m.keeper.id not in kept]
-        return sorted(leaving, key=lambda m: sum(k.is_ready for k in m.deployment.keepers) <= 1)
-
-    def _idle(self, there: Sequence[Member], kept: Collection[str], wanted: Deployment) -> list[Member]:
-        """Replicas of other models that are loaded on demand and do nothing, longest unused first."""
-        idle = [
-            member
-            for member in there
-            if member.ending is None
-            and member.keeper.id in kept
-            and member.deployment.name != wanted.name
-            and member.deployment.spec.is_on_demand
-            and not _is_busy(member.deployment)
-        ]
-        return sorted(idle, key=lambda member: self._used.get(member.deployment.name, 0.0))
+        return victims is not None
 
     def _may_go(
         self, member: Member, kept: Collection[str], missing: Sequence[tuple[Deployment, PlacementSpec]]
@@ -400,44 +349,17 @@ class Supervisor:
         return partial(self._ask_for, spec.name) if spec.is_on_demand else None
 
     def _ask_for(self, name: str) -> None:
-        self._used[name] = time.monotonic()
-        if name not in self._loaded:
-            self._loaded.add(name)
+        if self._on_demand.ask_for(name):
             self._try_failed_again(name)
         self._poke()
 
-    def _is_loaded(self, spec: DeploymentSpec) -> bool:
-        """True when a deployment that is loaded on demand should be loaded now."""
-        if spec.name not in self._used:  # never seen before
-            self._used[spec.name] = time.monotonic()
-            if spec.keep_loaded:
-                self._loaded.add(spec.name)
-        return spec.name in self._loaded
-
     def _look_at_use(self) -> None:
-        """Notes which of the models that are loaded on demand are in use, and unloads those that were not for long.
-
-        One that failed to load takes no requests for a while; then it is tried again for the next.
-        """
-        now_s = time.monotonic()
+        """Unloads what was not used for long, and lets no request wait for what failed to load."""
         for spec in self._spec.deployments:
             deployment = self.get(spec.name)
-            if not spec.is_on_demand or deployment is None or spec.name not in self._loaded:
-                continue
-            stats = deployment.stats
-            num_ended = stats.num_finished + stats.num_aborted + stats.num_failed
-            if _is_busy(deployment) or num_ended != self._num_ended.get(spec.name):
-                self._num_ended[spec.name] = num_ended
-                self._used[spec.name] = now_s
-            unused_s = now_s - self._used[spec.name]
-            if deployment.state == "failed" and spec.name not in self._cramped:
-                deployment.change_to(spec, None)
-                if unused_s > _TRY_AGAIN_S:
-                    self._loaded.discard(spec.name)
-                    deployment.change_to(spec, self._loader(spec))
-            elif spec.idle_unload_s is not None and unused_s > spec.idle_unload_s:
-                log.info("%s is unloaded after %g s without a request", spec.name, spec.idle_unload_s)
-                self._loaded.discard(spec.name)
+            if spec.is_on_demand and deployment is not None:
+                accepts = self._on_demand.look(deployment, is_cramped=spec.name in self._cramped)
+                deployment.change_to(spec, self._loader(spec) if accepts else None)
 
     # ------------------------------------------------------------------ chips that are lost, and plans
 
@@ -492,7 +414,8 @@ class Supervisor:
             trouble = self._spec.shortfalls.get(name) or self._waiting.get(name, "")
             if not trouble and ((name, "") in self._drained or any(key for one, key in self._drained if one == name)):
                 trouble = "it was drained by hand; `mxn apply` brings it back"
-            lost = [chip for chip in self._lost | self._emptied if any(_uses(d, chip) for d in line)]
+            used = {chip.uid for d in line for placement in d.spec.placements for chip in placement.chips}
+            lost = sorted(used & (self._lost | self._emptied))
             if not trouble and lost:
                 trouble = f"{lost[0]} is not used: {self.cordoned.get(lost[0], 'it was lost')}"
             if trouble and trouble != line[-1].trouble:
@@ -536,28 +459,3 @@ class Supervisor:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._poke()
-
-
-def _is_moving(member: Member) -> bool:
-    keeper = member.keeper
-    return not keeper.is_settled or (keeper.state == "ready" and not keeper.is_ready)
-
-
-def _is_on(member: Member, chip: str) -> bool:
-    return any(one.uid == chip for one in member.placement.chips)
-
-
-def _uses(deployment: Deployment, chip: str) -> bool:
-    return any(one.uid == chip for placement in deployment.spec.placements for one in placement.chips)
-
-
-def _is_busy(deployment: Deployment) -> bool:
-    """True while it has sequences, in line or at work."""
-    return deployment.num_waiting > 0 or any(
-        keeper.replica and keeper.replica.num_streams for keeper in deployment.keepers
-    )
-
-
-def _key_of(spec: DeploymentSpec, placement: PlacementSpec) -> str:
-    """What makes two placements the same replica."""
-    return load_key(load_of(spec, placement)) + repr(sorted(placement.environment.items()))
