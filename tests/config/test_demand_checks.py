@@ -72,3 +72,9 @@ def test_a_circle_of_together_with_is_no_fault(tmp_path: Path) -> None:
 def test_a_node_in_a_rack_that_is_not_there_is_named(tmp_path: Path) -> None:
     fault = _faults(tmp_path, "cluster: {nodes: [{name: n, chips: {l4: 1}, rack: x}]}\ndeployments: [{model: a}]")
     assert 'cluster.nodes[0].rack: expected the name of a rack, got "x"' in fault
+
+
+def test_nodes_of_a_ray_cluster_are_not_known_to_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mxn.yaml"
+    path.write_text("cluster: {launcher: ray}\ndeployments:\n- {model: m, where: {nodes: [gpu-7], racks: [a]}}\n")
+    assert load_deployments(path).deployments[0].where.nodes == ("gpu-7",)

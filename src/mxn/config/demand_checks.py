@@ -34,6 +34,8 @@ def demand_faults(data: Plain) -> Iterator[tuple[KeyPath, str]]:
             ("together_with", names, "deployment"),
             ("apart_from", names, "deployment"),
         ):
+            if what in ("node", "rack") and cluster.get("launcher") == "ray":
+                continue  # the nodes of a Ray cluster say by their labels what they are called
             for place, word in enumerate(_list(where.get(key))):
                 if isinstance(word, str) and word not in known:
                     yield (*path, key, place), _not_known(what, word, known)
