@@ -255,6 +255,7 @@ def _slowed(costs: Costs, share: float) -> Costs:
     return Costs(
         weight_bytes=costs.weight_bytes / share,
         kv_bytes=costs.kv_bytes / share,
+        longest_kv_bytes=costs.longest_kv_bytes / share,
         linear_flops=costs.linear_flops / share,
         attention_flops=costs.attention_flops / share,
         head_flops=costs.head_flops / share,

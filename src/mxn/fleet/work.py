@@ -16,13 +16,15 @@ from mxn.core.model import ModelSpec
 class Work:
     """Amounts of one step, or the sum of several.
 
-    weight_bytes, kv_bytes: read. linear_flops: of the layers, for every token. attention_flops: of the scores and the
+    weight_bytes, kv_bytes: read. longest_kv_bytes: of the sequence that has most, whose attention may not be divided
+    among all cores. linear_flops: of the layers, for every token. attention_flops: of the scores and the
     weighted values. head_flops: of the output head, for every sequence that draws a token. sequences: that draw one.
     steps: how many steps it is.
     """
 
     weight_bytes: float = 0.0
     kv_bytes: float = 0.0
+    longest_kv_bytes: float = 0.0
     linear_flops: float = 0.0
     attention_flops: float = 0.0
     head_flops: float = 0.0
@@ -43,6 +45,7 @@ class Costs:
 
     weight_bytes: float = 0.0
     kv_bytes: float = 0.0
+    longest_kv_bytes: float = 0.0
     linear_flops: float = 0.0
     attention_flops: float = 0.0
     head_flops: float = 0.0
@@ -54,6 +57,7 @@ class Costs:
         return (
             self.weight_bytes * work.weight_bytes
             + self.kv_bytes * work.kv_bytes
+            + self.longest_kv_bytes * work.longest_kv_bytes
             + self.linear_flops * work.linear_flops
             + self.attention_flops * work.attention_flops
             + self.head_flops * work.head_flops
@@ -82,6 +86,7 @@ class Shape:
         return Work(
             weight_bytes=self._read_bytes(batch),
             kv_bytes=batch * seen * self.kv_bytes_per_token,
+            longest_kv_bytes=seen * self.kv_bytes_per_token,
             linear_flops=batch * self._linear,
             attention_flops=batch * seen * self._per_pair,
             head_flops=batch * self._head,
@@ -96,6 +101,7 @@ class Shape:
         return Work(
             weight_bytes=steps * self._read_bytes(tokens / steps),
             kv_bytes=self._seen(start) * self.kv_bytes_per_token,
+            longest_kv_bytes=self._seen(start) * self.kv_bytes_per_token,
             linear_flops=tokens * self._linear,
             attention_flops=pairs * self._per_pair,
             head_flops=self._head,
@@ -110,6 +116,7 @@ class Shape:
         return Work(
             weight_bytes=self._read_bytes(tokens),
             kv_bytes=sum(self._seen(start) for start, _ in chunks) * self.kv_bytes_per_token,
+            longest_kv_bytes=max(self._seen(start) for start, _ in chunks) * self.kv_bytes_per_token,
             linear_flops=tokens * self._linear,
             attention_flops=pairs * self._per_pair,
             head_flops=num_sampled * self._head,
