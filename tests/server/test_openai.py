@@ -52,7 +52,7 @@ WRONG_NUMBERS = st.one_of(
 def deployment() -> Deployment:
     tokenizer = SimpleNamespace(eos_token_ids=(7, 9), vocab_size=VOCAB)
     model = SimpleNamespace(spec=SimpleNamespace(task="generate"))
-    facts = SimpleNamespace(name="m", tokenizer=tokenizer, info=None, max_context=CONTEXT, model=model)
+    facts = SimpleNamespace(name="m", tokenizer=tokenizer, info=None, refused=[], max_context=CONTEXT, model=model)
     return cast(Deployment, facts)
 
 
