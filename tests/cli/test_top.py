@@ -148,6 +148,15 @@ def test_rates_start_anew_with_a_new_process_and_use_the_time_of_the_counters() 
     assert rates.of("a/0") == Rate()
 
 
+def test_watts_are_those_between_bookings_of_energy() -> None:
+    rates = Rates()
+    for now_s, joules in ((0.0, 0.0), (1.0, 0.0), (5.0, 10.0), (6.0, 10.0)):
+        rates.take(status(now_s, replica("a/0", "gpu-0", joules=joules)))
+        assert rates.of("a/0").watts == (2.0 if joules else None)
+    rates.take(status(30.0, replica("a/0", "gpu-0", joules=10.0)))
+    assert rates.of("a/0").watts is None
+
+
 def test_sparkline_goes_from_zero_to_the_highest() -> None:
     assert sparkline([0, 50, 100], 8) == "▁▅█"
     assert sparkline([0, 0], 8) == "▁▁"

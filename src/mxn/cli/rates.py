@@ -55,13 +55,14 @@ class Rates:
 
     def __init__(self) -> None:
         self._samples: dict[str, deque[_Sample]] = {}
+        self._booked: dict[str, deque[_Sample]] = {}
 
     def take(self, status: Mapping[str, Any]) -> None:
         """Adds an answer."""
         now_s = status["gateway"]["now_s"]
         replicas = [replica for d in status["deployments"] for replica in d["replicas"] if replica["stats"]]
         for gone in self._samples.keys() - {replica["id"] for replica in replicas}:
-            del self._samples[gone]
+            del self._samples[gone], self._booked[gone]
         for replica in replicas:
             stats = replica["stats"]
             sample = _Sample(
@@ -71,12 +72,17 @@ class Rates:
                 stats["chip_energy_j"],
             )
             samples = self._samples.setdefault(replica["id"], deque())
+            booked = self._booked.setdefault(replica["id"], deque())
             if samples and sample.num_output_tokens < samples[-1].num_output_tokens:
                 samples.clear()  # a new process counts from zero
+                booked.clear()
             if not samples or sample.at_s > samples[-1].at_s + 1e-3:
                 samples.append(sample)
-            while len(samples) > 2 and samples[1].at_s < now_s - WINDOW_S:
-                samples.popleft()
+                if not booked or sample.energy_j != booked[-1].energy_j:
+                    booked.append(sample)
+            for kept in (samples, booked):
+                while len(kept) > 2 and kept[1].at_s < now_s - WINDOW_S:
+                    kept.popleft()
 
     def of(self, replica_id: str) -> Rate:
         """A replica's rates; nothing is known until it has been heard of twice."""
@@ -85,15 +91,24 @@ class Rates:
             return Rate()
         first, last = samples[0], samples[-1]
         seconds = last.at_s - first.at_s
-        watts = None
-        if first.energy_j is not None and last.energy_j is not None:
-            watts = (last.energy_j - first.energy_j) / seconds
+        watts = self._watts(replica_id)
         return Rate(
             output_tokens_per_s=(last.num_output_tokens - first.num_output_tokens) / seconds,
             prompt_tokens_per_s=(last.num_prompt_tokens - first.num_prompt_tokens) / seconds,
             watts=watts,
             has_unmetered=watts is None,
         )
+
+    def _watts(self, replica_id: str) -> float | None:
+        """Between two bookings of energy: what a replica says of itself in between carries the joules of the last.
+
+        None where nothing was booked for long.
+        """
+        first, last = self._booked[replica_id][0], self._booked[replica_id][-1]
+        is_old = self._samples[replica_id][-1].at_s - last.at_s > WINDOW_S
+        if first.energy_j is None or last.energy_j is None or first is last or is_old:
+            return None
+        return (last.energy_j - first.energy_j) / (last.at_s - first.at_s)
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
