@@ -125,6 +125,6 @@ def test_what_loading_holds_counts_where_it_is_more_than_what_stays() -> None:
     assert fit.loading is not None
     assert fit.loading.value is not None
     assert fit.needed_bytes == fit.loading.value + (fit.reserve.value or 0) > stays
-    assert _here("cpu", "fp32").loading is None
+    assert _here("cpu", "bf16").loading is None
     more = replace(fit, kv_cache=replace(fit.kv_cache, value=4.0 * GIB))
     assert more.needed_bytes == stays - (fit.kv_cache.value or 0) + 4.0 * GIB

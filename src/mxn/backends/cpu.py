@@ -148,15 +148,14 @@ def _estimate_weights(model: ModelSpec, quantisation: str) -> Quantity:
 
 
 def _estimate_loading(model: ModelSpec, quantisation: str) -> Quantity | None:
-    """A model whose weights are quantised here is whole in float32 first, and both are there for a moment."""
-    weights = _estimate_weights(model, quantisation)
-    if model.num_parameters is None or weights.value is None or quantisation in _BYTES_PER_WEIGHT:
+    """All but bf16 is made from float32 weights, which stand beside the file's own for a moment."""
+    if model.num_parameters is None or quantisation == "bf16":
         return None
     return Quantity(
-        value=_LIBRARY_BYTES + 4.0 * model.num_parameters + weights.value,
+        value=_LIBRARY_BYTES + 6.0 * model.num_parameters,
         unit="B",
         provenance=Provenance.ESTIMATED,
-        source="libraries, float32 weights and the quantised ones beside them",
+        source="libraries, and weights in float32 beside a file of 2 bytes per parameter",
         relative_error=0.2,
     )
 
