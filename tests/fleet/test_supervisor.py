@@ -520,6 +520,7 @@ class Life(RuleBasedStateMachine):
         replica = alive[index % len(alive)]
         self.gone.add(replica.load.chips[0].uid)
         self.run(self._end(replica, "its chip is lost", True))
+        self.expect_a_new_plan()
 
     async def _end(self, replica: Any, reason: str, chip_lost: bool) -> None:
         replica.end(reason, chip_lost=chip_lost)
@@ -537,6 +538,7 @@ class Life(RuleBasedStateMachine):
             self.run(self.supervisor.uncordon(chip))
             self.gone.discard(chip)
             self.settle()
+            self.expect_a_new_plan()
 
     @rule(name=st.sampled_from([*NAMES, *CHIPS]))
     def drain(self, name: str) -> None:
@@ -546,6 +548,16 @@ class Life(RuleBasedStateMachine):
             return
         (self.gone if name in CHIPS else self.drained).add(name)
         self.settle()
+        if name in CHIPS:
+            self.expect_a_new_plan()
+
+    def expect_a_new_plan(self) -> None:
+        """The plan is the one for the chips that may be used now, if there is one."""
+        try:
+            fresh = place(self.wishes, self.supervisor.cordoned)
+        except ConfigError:
+            return
+        assert self.plan == fresh
 
     def settle(self) -> None:
         self.run(self.supervisor.wait_until_settled())
