@@ -40,6 +40,18 @@ def test_a_plan_obeys_every_constraint_and_no_stage_beats_its_bound(
         assert 1 - served == pytest.approx(outcome.unserved.get(demand.name, 0.0), abs=2e-4)
 
 
+@pytest.mark.parametrize(
+    ("num_demands", "scarcity", "effort"), [(60, 0.3, "fast"), (60, 0.3, "refined"), (24, 2.0, "fast")]
+)
+def test_rules_about_failure_domains_hold_at_scale(random_problem, faults_of, num_demands, scarcity, effort) -> None:
+    problem = random_problem(0, num_demands=num_demands, scarcity=scarcity, racks="abcdef", has_rules=True)
+    assert len(problem.relations) > 2
+    outcome = solve_placement(problem, effort=effort)
+    assert faults_of(problem, outcome.assignment, outcome.unserved) == []
+    for stage in outcome.stages:
+        assert stage.value >= stage.bound * (1 - 1e-6) - 1e-6
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_exact_is_proven_and_no_other_effort_is_cheaper(random_problem, seed) -> None:
     problem = random_problem(seed, num_demands=6)

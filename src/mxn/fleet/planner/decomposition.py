@@ -79,6 +79,11 @@ class Decomposition:
             self._smoothing = min(_MOST_SMOOTHING, (1 + self._smoothing) / 2)
         return patterns
 
+    def hold_back(self, share: float) -> None:
+        """From now on the master uses this share less of every row; what it mixes then leaves room for rounding."""
+        for row, limit in enumerate(self._instance.limits.tolist()):
+            self._master.change_upper(row, limit * (1 - share))
+
     def mix(self) -> tuple[float, list[tuple[int, Pattern, float]]]:
         """The master's optimum and the patterns it uses as (block, pattern, part); sets the next prices."""
         found = self._master.solve()

@@ -14,8 +14,6 @@ from mxn.errors import MxnError
 
 Vector = NDArray[np.float64]
 
-_FEASIBLE = (highspy.HighsModelStatus.kOptimal, highspy.HighsModelStatus.kSolutionLimit)
-
 
 class InfeasibleError(MxnError):
     """No values satisfy all rows, or none were found. is_proven: the search ended by itself, not by its limit."""
@@ -40,14 +38,13 @@ class Rows:
 class Solution:
     """values: of the columns. prices: dual of each row (only for programs without integers).
 
-    bound: no feasible values have a smaller objective. is_proven: the search ended by itself, not by its limit.
+    bound: no feasible values have a smaller objective.
     """
 
     values: Vector
     prices: Vector
     objective: float
     bound: float
-    is_proven: bool
 
 
 def build_rows(entries: Sequence[tuple[NDArray[np.int32], Vector]], lower: Vector, upper: Vector) -> Rows:
@@ -98,27 +95,28 @@ def solve(
         highs.setOptionValue("mip_max_nodes", max_nodes)
         highs.setOptionValue("time_limit", time_limit_s)
         if is_plain:
-            highs.setOptionValue("presolve", "off")
             highs.setOptionValue("mip_heuristic_effort", 0.0)
-    highs.passModel(program)
-    if start is not None and has_integers:
-        first = highspy.HighsSolution()
-        first.col_value = list(start)
-        highs.setSolution(first)
-    highs.run()
-    status, info = highs.getModelStatus(), highs.getInfo()
-    has_values = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-    if not has_values:
-        is_proven = status == highspy.HighsModelStatus.kInfeasible
-        raise InfeasibleError(f"no solution: {highs.modelStatusToString(status)}", is_proven=is_proven)
-    found = highs.getSolution()
-    objective = info.objective_function_value
+    for presolve in ("off",) if is_plain else ("choose", "off"):
+        highs.setOptionValue("presolve", presolve)
+        highs.passModel(program)
+        if start is not None and has_integers:
+            first = highspy.HighsSolution()
+            first.col_value = list(start)
+            highs.setSolution(first)
+        highs.run()
+        status, info = highs.getModelStatus(), highs.getInfo()
+        if info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+            is_proven = status == highspy.HighsModelStatus.kInfeasible
+            raise InfeasibleError(f"no solution: {highs.modelStatusToString(status)}", is_proven=is_proven)
+        found = highs.getSolution()
+        values, objective = np.array(found.col_value), info.objective_function_value
+        if abs(float(cost @ values) - objective) <= 1e-6 * max(1.0, abs(objective)):
+            break  # HiGHS 1.16 now and then loses a constant in its presolve, and its bound with it
     return Solution(
-        values=np.array(found.col_value),
+        values=values,
         prices=np.array(found.row_dual) if not has_integers else np.zeros(len(rows.lower)),
         objective=objective,
         bound=info.mip_dual_bound if has_integers else objective,
-        is_proven=status in _FEASIBLE,
     )
 
 
@@ -136,6 +134,10 @@ class Master:
         """Adds a column bounded below by 0."""
         self._highs.addCol(cost, 0.0, highspy.kHighsInf, len(rows), rows, values)
 
+    def change_upper(self, row: int, upper: float) -> None:
+        """Gives a row that has no lower bound another upper one."""
+        self._highs.changeRowBounds(row, -highspy.kHighsInf, upper)
+
     def solve(self) -> Solution:
         """The optimum over the columns so far. Raises: InfeasibleError."""
         self._highs.run()
@@ -143,7 +145,7 @@ class Master:
         if status != highspy.HighsModelStatus.kOptimal:
             raise InfeasibleError(f"no solution: {self._highs.modelStatusToString(status)}")
         found, objective = self._highs.getSolution(), info.objective_function_value
-        return Solution(np.array(found.col_value), np.array(found.row_dual), objective, objective, True)
+        return Solution(np.array(found.col_value), np.array(found.row_dual), objective, objective)
 
 
 def _quiet_highs() -> Highs:

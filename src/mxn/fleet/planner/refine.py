@@ -22,7 +22,10 @@ _MAX_STALLS = 2
 _MAX_SWEEPS = 4
 _COMPANY = (0, 24)
 """Blocks that the master uses whole and that are solved again with those it mixes, when these alone find no room."""
-_ROUNDING_NODES = 300
+_ROUNDING_NODES = 50
+_ROUNDED_WELL = 0.01
+_HELD_BACK, _ROUNDS_HELD_BACK = (0.002, 0.005), 4
+"""Shares of every row kept for rounding where whole patterns and the rest find no room together; rounds for each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +69,13 @@ def refine(
             break
         stalls = 0 if open_part < 0.98 * last else stalls + 1
         last = min(last, open_part)
-    bound, best = max(bound, columns.bound), start
-    rounded = _round(oracle, order, columns.prices, used, budget)
-    if rounded is not None and value_of(rounded) < value_of(best):
-        best = rounded
-    best = _descend(oracle, columns.prices, best, bound, budget)
-    return Refined(_polish(oracle, columns.prices, best, bound, budget), bound, columns.prices)
+    best = min(start, _round(oracle, order, columns.prices, used, budget) or start, key=value_of)
+    if budget.attempts and not is_close(oracle.goal, value_of(best), columns.bound, _ROUNDED_WELL):
+        best = min(best, _round_with_room(oracle, order, columns, budget) or best, key=value_of)
+    bound, prices = max(bound, columns.bound), columns.prices
+    if not budget.attempts or not all(block.is_plain for block in oracle.instance.blocks):
+        best = _descend(oracle, prices, best, bound, budget)
+    return Refined(_polish(oracle, prices, best, bound, budget), bound, prices)
 
 
 def _round(
@@ -94,9 +98,7 @@ def _round(
         room = limits - total_use(oracle.instance, kept.values())
         if not free or np.any(room < -1e-6):
             break
-        found, _ = solve_together(
-            oracle, [blocks[i] for i in free], room, None, gap=1e-3, max_nodes=_ROUNDING_NODES, time_limit_s=4.0
-        )
+        found, _ = solve_together(oracle, [blocks[i] for i in free], room, None, gap=1e-3, max_nodes=_ROUNDING_NODES)
         if found is not None:
             patterns = kept | dict(zip(free, found, strict=True))
             return [patterns[i] for i in range(len(blocks))]
@@ -108,6 +110,25 @@ def _round(
     except InfeasibleError:
         return None
     return [placed[block.first] for block in blocks]
+
+
+def _round_with_room(
+    oracle: Oracle, order: Sequence[Block], columns: Decomposition, budget: Budget
+) -> list[Pattern] | None:
+    """Rounds what the master mixes when it holds a little of every row back, and more if that is not enough."""
+    for share in _HELD_BACK:
+        columns.hold_back(share)
+        try:
+            _, used = columns.mix()
+            for _ in range(_ROUNDS_HELD_BACK):
+                columns.add(columns.price())
+                _, used = columns.mix()
+        except InfeasibleError:
+            return None
+        rounded = _round(oracle, order, columns.prices, used, budget)
+        if rounded is not None:
+            return rounded
+    return None
 
 
 def _descend(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, budget: Budget) -> list[Pattern]:
@@ -159,9 +180,7 @@ def _polish(oracle: Oracle, prices: Vector, best: list[Pattern], bound: float, b
         inside, before = set(chosen), value_of(best)
         room = instance.limits - total_use(instance, [p for i, p in enumerate(best) if i not in inside])
         blocks = [instance.blocks[i] for i in chosen]
-        found, _ = solve_together(
-            oracle, blocks, room, [best[i] for i in chosen], max_nodes=budget.nodes, time_limit_s=2.0
-        )
+        found, _ = solve_together(oracle, blocks, room, [best[i] for i in chosen], max_nodes=budget.nodes)
         if found is not None:
             best = list(best)
             for i, pattern in zip(chosen, found, strict=True):

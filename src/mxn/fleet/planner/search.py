@@ -41,7 +41,6 @@ def solve_together(
     *,
     gap: float = 1e-4,
     max_nodes: int = 200,
-    time_limit_s: float = 3.0,
 ) -> tuple[list[Pattern] | None, float]:
     """Plain blocks solved as one integer program within `room`, begun from their current patterns if they have any.
 
@@ -90,7 +89,6 @@ def solve_together(
             start=None if current is None else np.array(start),
             gap=gap,
             max_nodes=max_nodes,
-            time_limit_s=time_limit_s,
         )
     except InfeasibleError:
         return None, -np.inf

@@ -3,7 +3,7 @@
 fast: prices from the relaxation, one pricing round for the bound, blocks placed one after another; where that leaves
 a gap above 5 %, as when chips are scarce, a few rounds of columns.
 refined: columns are generated until the bound meets the master, then neighbourhoods are solved exactly.
-exact: refined, then all patterns that a better plan could hold are listed and picked from.
+exact: all patterns that a better plan could hold are listed and picked from; refined where that is too much.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Effort = Literal["fast", "refined", "exact"]
 
 _BUDGETS: dict[Effort, Budget] = {
     "fast": Budget(target_gap=0.05, rounds=4, attempts=0),
-    "refined": Budget(target_gap=1e-3, rounds=20, attempts=6),
-    "exact": Budget(target_gap=1e-3, rounds=20, attempts=2),
+    "refined": Budget(target_gap=1e-3, rounds=20, attempts=16),
+    "exact": Budget(target_gap=1e-3, rounds=20, attempts=16),
 }
 
 
@@ -148,13 +148,13 @@ class _Solver:
         except InfeasibleError:
             if best is None:
                 raise
-        budget = _BUDGETS[self.effort]
-        if not is_close(goal, value_of(best), bound, budget.target_gap):
-            refined = refine(oracle, self.order, best, prices, bound, budget)
-            best, bound, prices = refined.patterns, refined.bound, refined.prices
         if self.effort == "exact" and all(block.is_plain for block in blocks):
             settled = settle(oracle, best, prices)
             best, bound, prices = settled.patterns, max(bound, settled.bound), settled.prices
+        budget = _BUDGETS[self.effort]
+        if not is_close(goal, value_of(best), bound, budget.target_gap):
+            refined = refine(oracle, self.order, best, prices, bound, budget)
+            best, bound, prices = refined.patterns, max(bound, refined.bound), refined.prices
         self._report(name, best, bound, prices, began_s, goal)
         return best
 
