@@ -75,7 +75,7 @@ async def measure(model_name: str, backend_name: str, quantisation: str, budget_
         profile = profile_of(shown, info, backend, chip, model, settings, reader, None, None)
     finally:
         reader.close()
-        await replica.stop(10.0)
+        await replica.kill()
     points = [
         _point("decode", batch, context, statistics.mean(samples.contexts), samples.seconds)
         for (batch, context), samples in held.decode.items()

@@ -105,7 +105,7 @@ async def load_cell(model: Model, backend_name: str, quantisation: str, context:
             "observation": json.loads(observation.json()),
         }
     finally:
-        await replica.stop(10.0)
+        await replica.kill()
 
 
 async def _end(stream: SequenceStream) -> FinishReason | None:

@@ -20,7 +20,6 @@ from mxn.fleet.calibration.rates import measure_rates
 from mxn.fleet.calibration.store import remember_load
 from mxn.fleet.launchers.local import LocalLauncher
 
-_STOP_S = 10.0
 _CACHE_TOKENS = 2048
 
 
@@ -101,7 +100,7 @@ async def _measure(
             rates=rates,
         )
     finally:
-        await replica.stop(_STOP_S)
+        await replica.kill()
     points = len(profile.prefill) + len(profile.decode)
     on_line(f"{cell}: {points} points in {time.monotonic() - start_s:.0f} s")
     return profile
