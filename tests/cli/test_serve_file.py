@@ -199,6 +199,7 @@ def test_a_replica_and_a_chip_can_be_drained(
     ran = mxn("drain", "nothing", "--url", serving.url)
     assert ran.code == 1
     assert 'nothing is called "nothing"' in ran.err
+    assert 'there is no chip "gpu-7"' in mxn("cordon", "gpu-7", "--url", serving.url).err.replace("'", '"')
     assert mxn("cordon", "fake-0", "--url", serving.url).code == 0
     ran = mxn("apply", "--url", serving.url)  # a plan uses no cordoned chip, and there is no other
     assert "fake on fake-0 may not be used now" in ran.out

@@ -6,6 +6,7 @@ may choose among such files and can bring none along, so a key never lets anyone
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from collections.abc import Awaitable
@@ -17,9 +18,10 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mxn.backends.survey import physical_chips, survey
 from mxn.errors import MxnError, RequestError
 from mxn.server.body import read_json
-from mxn.server.errors import ErrorAnswer
+from mxn.server.errors import ErrorAnswer, brief
 from mxn.server.gateway import Gateway
 from mxn.server.openai import Checked, check
 
@@ -68,9 +70,12 @@ class ControlRoutes:
     async def cordon(self, request: Request) -> Response:
         """Lets nothing start on a chip any more."""
         chip = (await self._read(request, CordonRequest)).chip
-        known = {one.uid for deployment in self._gateway.fleet.deployments for one in deployment.chips}
-        if chip not in known:
-            raise RequestError(f'no replica uses a chip "{chip}"; in use: {", ".join(sorted(known))}', param="chip")
+        used = {one.uid for deployment in self._gateway.fleet.deployments for one in deployment.chips}
+        if chip not in used:
+            here = await asyncio.to_thread(_chips_here)
+            if chip not in here:
+                there = ", ".join(sorted(used | here))
+                raise RequestError(f"there is no chip {brief(chip)}; there are: {there}", param="chip")
         return await self._do(self._supervisor.cordon(chip))
 
     async def uncordon(self, request: Request) -> Response:
@@ -106,6 +111,11 @@ class ControlRoutes:
         ]
         answer = {"changed": changed or [], "deployments": deployments, "cordoned": self._supervisor.cordoned}
         return Response(msgspec.json.encode(answer), 200, None, "application/json")
+
+
+def _chips_here() -> set[str]:
+    """Uids of this machine's chips, as all backends name them."""
+    return {seen.chip.uid for seen in physical_chips(survey())}
 
 
 def _checked_file(name: str) -> Path:
