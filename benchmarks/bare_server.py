@@ -23,6 +23,8 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     try:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
+            if b"content-length:" not in head.lower():
+                break  # a look whether anybody is there
             length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
             request = json.loads(await reader.readexactly(length))
             count = request["max_tokens"]

@@ -48,7 +48,7 @@ def main(
     model: Annotated[str, typer.Option(help="Model to serve, as `mxn serve` is told.")] = DEFAULT_MODEL,
     backend: Annotated[str, typer.Option(help="Backend of the replicas.")] = "fake",
     scale: Annotated[float, typer.Option(help="Share of the full durations and counts.", min=0.001, max=10)] = 1.0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write findings to this file.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write findings to this file, or add them.")] = None,
     markdown_path: Annotated[Path | None, typer.Option("--markdown", help="Write a table to this file.")] = None,
 ) -> None:
     """Break a fleet and hold it to its promises."""
@@ -56,19 +56,27 @@ def main(
     if unknown:
         raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(SCENARIOS)}")
     setup = Setup(model=model, backend=backend, scale=scale)
-    rows = []
+    rows = _rows_in(json_path)
     for name in names or SCENARIOS:
-        row = run(name, setup)
-        rows.append(row)
+        row = rows[name] = run(name, setup)
         print(table([row]).split("\n", 2)[2], end="", flush=True)
         print(json.dumps({"figures": row["figures"], "notes": row["notes"]}, indent=1), flush=True)
+        known = [rows[one] for one in SCENARIOS if one in rows]
         if json_path:
-            found = {"manifest": asdict(manifest(seed=0)), "model": model, "backend": backend, "scale": scale}
-            json_path.write_text(json.dumps({**found, "scenarios": rows}, indent=1) + "\n")
+            json_path.write_text(
+                json.dumps({"manifest": asdict(manifest(seed=0)), "scenarios": known}, indent=1) + "\n"
+            )
         if markdown_path:
-            markdown_path.write_text(table(rows))
-    if not all(row["is_kept"] for row in rows):
+            markdown_path.write_text(table(known))
+    if not all(rows[name]["is_kept"] for name in names or SCENARIOS):
         raise typer.Exit(1)
+
+
+def _rows_in(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Findings of scenarios that were run before, by name; a scenario that is run again replaces its own."""
+    if path is None or not path.exists():
+        return {}
+    return {row["scenario"]: row for row in json.loads(path.read_text())["scenarios"]}
 
 
 def run(name: str, setup: Setup) -> dict[str, Any]:
@@ -84,6 +92,8 @@ def run(name: str, setup: Setup) -> dict[str, Any]:
         )
     return {
         "scenario": name,
+        "backend": setup.backend,
+        "scale": setup.scale,
         "fault": (scenario.__doc__ or "").strip(),
         "seconds": round(time.monotonic() - began_s, 1),
         "is_kept": report.is_kept,

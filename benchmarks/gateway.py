@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -113,7 +113,9 @@ def litellm_proxy(program: Path, upstream: Arm) -> Iterator[Arm]:
         parameters = {"model": "text-completion-openai/bare", "api_base": upstream.url, "api_key": "none"}
         config.write_text(json.dumps({"model_list": [{"model_name": "bare", "litellm_params": parameters}]}))
         options = ["--config", str(config), "--port", str(port), "--host", "127.0.0.1", "--num_workers", "1"]
-        environment = {**os.environ, "LITELLM_LOG": "ERROR", "LITELLM_TELEMETRY": "False"}
+        # Without a key, as mxn and the bare servers here; it listens on loopback only.
+        own = {"LITELLM_LOG": "ERROR", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
         with subprocess.Popen(
             [str(program), *options], stdout=log, stderr=log, env=environment, start_new_session=True
         ) as process:
@@ -122,7 +124,8 @@ def litellm_proxy(program: Path, upstream: Arm) -> Iterator[Arm]:
                 listening = [c.pid for c in psutil.net_connections("tcp") if c.laddr.port == port and c.pid]
                 yield Arm(label="litellm", url=f"http://127.0.0.1:{port}/v1", model="bare", pid=listening[0])
             finally:
-                os.killpg(process.pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGTERM)
 
 
 async def measure(arm: Arm, requests: int) -> dict[str, float]:
