@@ -116,14 +116,15 @@ async def describe(base_url: str, label: str, *, model: str | None = None, api_k
     pool = ConnectionPool(base_url.rstrip("/"))
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        listed = await _get(pool, "/models", headers, _Models)
+        answer, listed = await _get(pool, "/models", headers, _Models)
         if not isinstance(listed, _Models) or not listed.data:
-            raise ConfigError(f"{base_url}/models is not an OpenAI model list; does the URL end in /v1?")
+            hint = "the server is not ready" if answer == 503 else "does the URL end in /v1?"
+            raise ConfigError(f"{base_url}/models is not an OpenAI model list (HTTP {answer}); {hint}")
         names = [one.id for one in listed.data]
         if model is not None and model not in names:
             raise ConfigError(f"{base_url} does not serve {model}; it lists {', '.join(names)}")
         name = model or names[0]
-        status = await _get(pool, "/mxn/status", headers, _Status)
+        _, status = await _get(pool, "/mxn/status", headers, _Status)
     finally:
         pool.close()
     for deployment in status.deployments if isinstance(status, _Status) else ():
@@ -144,13 +145,13 @@ async def describe(base_url: str, label: str, *, model: str | None = None, api_k
     return Subject(label=label, model=name, interface="HTTP")
 
 
-async def _get(pool: ConnectionPool, path: str, headers: dict[str, str], kind: type) -> object:
-    """The answer as `kind`, or None when it is something else."""
+async def _get(pool: ConnectionPool, path: str, headers: dict[str, str], kind: type) -> tuple[int, object]:
+    """The HTTP status, and the answer as `kind` or None when it is something else."""
     parts = bytearray()
     status = await pool.exchange(
         "GET", path, headers=headers, body=b"", sink=lambda data, _: parts.extend(data), timeout_s=30
     )
     try:
-        return msgspec.json.decode(bytes(parts), type=kind) if status == 200 else None
+        return status, msgspec.json.decode(bytes(parts), type=kind) if status == 200 else None
     except msgspec.DecodeError:
-        return None
+        return status, None
