@@ -60,6 +60,7 @@ class RayController:
     async def start(self) -> None:
         """Makes a first plan and asks Serve for it. Raises: MxnError when nothing of it can be."""
         await asyncio.to_thread(serve.start, proxy_location="Disabled")
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # which `start` sets to INFO
         await self._plan()
         if not self.groups:
             raise BackendError("; ".join(self.shortfalls.values()) or "the file names no deployment")

@@ -85,7 +85,7 @@ class Served:
 
 def ask(url: str, model: str, max_tokens: int) -> httpx.Response:
     body = {"model": model, "prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
-    return httpx.post(f"{url}/v1/completions", json=body, trust_env=False, timeout=60)
+    return httpx.post(f"{url}/v1/completions", json=body, trust_env=False, timeout=5)
 
 
 async def stream(url: str, model: str, max_tokens: int) -> str:

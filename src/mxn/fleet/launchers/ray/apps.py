@@ -23,6 +23,12 @@ _HEALTH_CHECK_S = 1.0
 _MANY = 1_000_000
 """Calls at once that Serve lets through: mxn's own line is in front of it."""
 
+_VARIABLES = {
+    # Nothing of mxn blocks its event loop, so Serve need not run it in a thread of its own: two hops less per message.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+}
+
 _LOGGING = {"enable_access_log": False}
 """A line for every call would cost as much as the call."""
 
@@ -35,8 +41,7 @@ def host_application(group: ReplicaGroup, drain_s: float) -> Any:
     """The replicas of one group. drain_s: what a replica that Serve stops may take to finish."""
     resources = {f"{RESOURCE_PREFIX}{group.kind}": group.chips}
     environment = dict(group.runtime_env)
-    variables: dict[str, object] = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2"}
-    environment["env_vars"] = variables | dict(environment.get("env_vars") or {})  # type: ignore[call-overload]
+    environment["env_vars"] = _VARIABLES | dict(environment.get("env_vars") or {})  # type: ignore[call-overload]
     return (
         serve.deployment(ReplicaHost)
         .options(

@@ -94,13 +94,14 @@ class ReplicaHost:
         """
         gateway = self._gateways[name] = _Gateway()
         replica = self._replica
+        ticking = asyncio.create_task(gateway.tick(_REPORT_S))
         try:
             if replica.info is None:
                 raise ReplicaDiedError(replica.end_reason)
             yield self._welcome
             yield pack(Ready(replica.info))
             while not gateway.is_done and not replica.ended.is_set():
-                await gateway.wait(_REPORT_S)
+                await gateway.wait()
                 if frames := b"".join(pack(message) for message in gateway.take(replica)):
                     yield frames
             if replica.has_lost_chip:
@@ -108,6 +109,7 @@ class ReplicaHost:
             if replica.ended.is_set():
                 raise ReplicaDiedError(replica.end_reason)
         finally:
+            ticking.cancel()
             self._gateways.pop(name, None)
             gateway.abort_all()
 
@@ -185,9 +187,13 @@ class ReplicaHost:
     async def _end_with_replica(self) -> None:
         """Ends the actor when its process has ended or hangs: Serve notices at once and starts another."""
         replica = self._replica
-        while not replica.ended.is_set() and time.monotonic() - replica.last_message_s < _HUNG_S:
+        silent_s, heard_s = 0.0, replica.last_message_s
+        while not replica.ended.is_set() and silent_s < _HUNG_S:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(replica.ended.wait(), ALIVE_S / 2)
+                await asyncio.wait_for(replica.ended.wait(), _REPORT_S)
+            # Counted in looks, so that a pause of this process is not taken for one of the other.
+            silent_s = 0.0 if replica.last_message_s != heard_s else silent_s + _REPORT_S
+            heard_s = replica.last_message_s
         if not replica.ended.is_set():
             log.error("%s: its process has been silent for %.0f s and is ended", self._group.app, _HUNG_S)
             await replica.kill()
@@ -241,13 +247,16 @@ class _Gateway:
             self._changes.append(BlocksChanged(stored, evicted))
             self._event.set()
 
-    async def wait(self, at_most_s: float) -> None:
-        """Returns when there is something to do, or the time is up."""
-        try:
-            await asyncio.wait_for(self._event.wait(), at_most_s)
-        except TimeoutError:
-            return
+    async def wait(self) -> None:
+        """Returns when there is something to do."""
+        await self._event.wait()
         self._event.clear()
+
+    async def tick(self, period_s: float) -> None:
+        """Makes `wait` return now and then although there is nothing. Costs less than a time limit on every wait."""
+        while True:
+            await asyncio.sleep(period_s)
+            self._event.set()
 
     def wake(self) -> None:
         self._event.set()

@@ -59,7 +59,6 @@ class Nodes:
 
 def connect(address: str) -> None:
     """Joins this process to a cluster. Raises: BackendError when there is none at the address."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         ray.init(address=address, namespace="mxn", log_to_driver=False, logging_level=logging.WARNING)
     except Exception as error:
