@@ -15,6 +15,7 @@ from mxn.engine.channel import ChannelError, pack, receive_from_replica
 from mxn.engine.messages import (
     Abort,
     BlocksChanged,
+    ChangeShare,
     ChipLost,
     Load,
     LoadFailed,
@@ -26,6 +27,7 @@ from mxn.engine.messages import (
     Start,
     StepDone,
     Stop,
+    ToReplica,
 )
 from mxn.engine.stats import EngineStats
 from mxn.errors import BackendError, ReplicaDiedError
@@ -132,6 +134,7 @@ class Replica:
         self._on_blocks: Callable[[bytes, bytes], None] = lambda stored, evicted: None
         self._link = link
         self._streams: dict[int, SequenceStream] = {}
+        self._unsent = bytearray()
         self._last_words: deque[str] = deque(maxlen=_LAST_WORDS)
         self._tasks = [asyncio.create_task(self._read_stderr())]
 
@@ -176,6 +179,10 @@ class Replica:
         self._on_blocks = listener
         self._send(ReportBlocks())
 
+    def change_share(self, chip_share: float) -> None:
+        """Has it answer for another share of its chips' energy from now on."""
+        self._send(ChangeShare(chip_share))
+
     async def stop(self, timeout_s: float) -> None:
         """Lets running sequences finish, then ends the process; kills it after `timeout_s`."""
         if not self.ended.is_set():
@@ -199,9 +206,16 @@ class Replica:
 
     # ------------------------------------------------------------------ messages
 
-    def _send(self, message: Load | Start | Abort | ResetPrefixCache | ReportBlocks | Stop) -> None:
+    def _send(self, message: ToReplica) -> None:
+        """Sends a message with all others of this turn of the loop: one system call for many."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent += pack(message)
+
+    def _flush(self) -> None:
+        data, self._unsent = bytes(self._unsent), bytearray()
         if not self._link.writer.is_closing():
-            self._link.writer.write(pack(message))
+            self._link.writer.write(data)
 
     def _abort(self, seq_id: int) -> bool:
         """False when the sequence has ended already. An aborted one stays known until its last output."""
