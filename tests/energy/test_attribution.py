@@ -162,6 +162,17 @@ def test_shares_of_engines_on_one_chip_add_up_to_it() -> None:
     assert sum(ledger.totals.idle_j for ledger in ledgers) == pytest.approx(1000)
 
 
+def test_a_share_that_changes_counts_from_then_on() -> None:
+    clock = FakeClock()
+    reader = ReplayReader([(0.0, 0.0), (10.0, 1000.0), (20.0, 2000.0)], clock=clock, update_period_s=1.0)
+    ledger = StepLedger(reader, chip_share=1.0, clock=clock)
+    clock.advance(10)
+    ledger.change_share(0.25)
+    clock.advance(10)
+    ledger.settle()
+    assert ledger.totals.chip_j == pytest.approx(1000 + 250)
+
+
 def test_interval_without_a_meter_is_lost_and_its_sequences_have_no_figure() -> None:
     clock = FakeClock()
     trace: list[tuple[float, float | None]] = [(t / 10, 10.0 * t if t < 50 else None) for t in range(200)]

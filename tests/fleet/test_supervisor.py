@@ -155,6 +155,8 @@ async def test_what_both_plans_want_runs_on_untouched(stand: Stand) -> None:
     await stand.go(fleet_of(deployment_of("red", again), deployment_of("green", placement_of("green", "a", 4))))
     assert first in stand.launcher.alive
     assert len(stand.launcher.started) == 2
+    [keeper] = stand.deployment("red").keepers
+    assert keeper.placement.chip_share == 0.5  # told to answer for less of the chip's energy
 
 
 async def test_a_successor_that_cannot_be_loaded_does_not_take_the_old_one_away(stand: Stand) -> None:

@@ -80,7 +80,7 @@ class ChipMeter:
 
     def __init__(self, reader: PowerReader, *, share: float = 1.0) -> None:
         self.reader = reader
-        self._share = share
+        self.share = share
         self._last: Reading = reader.read()
 
     def advance(self) -> float | None:
@@ -89,7 +89,7 @@ class ChipMeter:
         self._last = now
         if last.energy_j is None or now.energy_j is None or last.num_breaks != now.num_breaks:
             return None
-        return self._share * (now.energy_j - last.energy_j)
+        return self.share * (now.energy_j - last.energy_j)
 
 
 class StepLedger:
@@ -115,6 +115,11 @@ class StepLedger:
         self._carry_j = 0.0
         self._busy_w: float | None = None
         self._idle_w: float | None = None
+
+    def change_share(self, chip_share: float) -> None:
+        """Answers for another share of the chip's energy from now on; what was drawn until now is booked at the old."""
+        self.settle()
+        self._meter.share = chip_share
 
     def step(self, begin_s: float, end_s: float, batch: StepBatch) -> None:
         """Notes one step. A short gap since the one before was spent on it too."""

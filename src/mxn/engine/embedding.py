@@ -107,6 +107,11 @@ class EmbeddingEngine:
         self._refresh_gauges()
         return outputs
 
+    def change_share(self, chip_share: float) -> None:
+        """Answers for another share of the chip's energy from now on."""
+        if self._ledger is not None:
+            self._ledger.change_share(chip_share)
+
     def settle_energy(self) -> None:
         """Books the energy since the last reading; called now and then while nothing runs, so that idle counts too."""
         if self._ledger is not None:

@@ -133,6 +133,11 @@ class Engine:
             self._ahead = self._launch(may_preempt=False)
         return self._land(flight)
 
+    def change_share(self, chip_share: float) -> None:
+        """Answers for another share of the chip's energy from now on."""
+        if self._ledger is not None:
+            self._ledger.change_share(chip_share)
+
     def settle_energy(self) -> None:
         """Books the energy since the last reading; called now and then while nothing runs, so that idle counts too."""
         if self._ledger is not None:

@@ -61,6 +61,12 @@ class ReportBlocks(msgspec.Struct, tag=True):
     """Tell from now on which prefix blocks are held, beginning with those that are; who has none says nothing."""
 
 
+class ChangeShare(msgspec.Struct, tag=True):
+    """Answer for another share of the chips' energy from now on: others have come there, or gone."""
+
+    chip_share: float
+
+
 class Stop(msgspec.Struct, tag=True):
     """Finish what runs, then exit 0."""
 
@@ -159,7 +165,7 @@ class ChipLost(msgspec.Struct, tag=True):
     message: str
 
 
-ToReplica = Prepare | Load | Start | Abort | ResetPrefixCache | ReportBlocks | Stop
+ToReplica = Prepare | Load | Start | Abort | ResetPrefixCache | ReportBlocks | ChangeShare | Stop
 ToGateway = LoadPhase | Ready | LoadFailed | StepDone | BlocksChanged | Alive | ChipLost
 ReplicaState = Literal["unloaded", "starting", "loading", "ready", "draining", "failed", "stopped"]
 

@@ -36,6 +36,7 @@ from mxn.engine.messages import (
     ALIVE_S,
     Abort,
     BlocksChanged,
+    ChangeShare,
     ChipLost,
     Load,
     LoadFailed,
@@ -281,6 +282,8 @@ def _handle(engine: Engine | EmbeddingEngine, message: ToReplica) -> list[Sequen
         return engine.abort(message.seq_ids)
     elif isinstance(message, ResetPrefixCache) and isinstance(engine, Engine):
         engine.reset_prefix_cache()
+    elif isinstance(message, ChangeShare):
+        engine.change_share(message.chip_share)
     elif isinstance(message, ReportBlocks) and isinstance(engine, Engine):
         engine.placement.report_changes()
     return []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mxn.engine.messages import load_key
 from mxn.fleet.deployment import Deployment
 from mxn.fleet.keeper import Keeper
+from mxn.fleet.replica import Replica
 from mxn.fleet.spec import DeploymentSpec, PlacementSpec, load_of
 
 
@@ -34,6 +35,14 @@ class Member:
         """True while it is on its way to be ready, or back to it."""
         keeper = self.keeper
         return not keeper.is_settled or (keeper.state == "ready" and not keeper.is_ready)
+
+    def answer_for(self, chip_share: float) -> None:
+        """Has it answer for another share of its chips' energy, now and after a restart."""
+        keeper = self.keeper
+        if keeper.placement.chip_share != chip_share:
+            keeper.placement = replace(keeper.placement, chip_share=chip_share)
+            if isinstance(keeper.replica, Replica) and not keeper.replica.ended.is_set():
+                keeper.replica.change_share(chip_share)
 
     def is_on(self, chip: str) -> bool:
         """Whether the chip of this uid is among its own."""

@@ -263,6 +263,7 @@ class Supervisor:
                 is_free = member.ending is None and member.keeper.id not in kept
                 if is_free and member.deployment is deployment and member.key == key:
                     kept.add(member.keeper.id)
+                    member.answer_for(placement.chip_share)
                     break
             else:
                 missing.append((deployment, placement))

@@ -16,7 +16,7 @@ from mxn.core.request import FinishReason, SequenceOutput, SequenceRequest
 from mxn.energy.attribution import ChipMeter
 from mxn.engine.channel import ChannelError, ReplicaChannel
 from mxn.engine.http_stream import ConnectionPool, TransportError
-from mxn.engine.messages import Abort, ResetPrefixCache, Start, StepDone, Stop
+from mxn.engine.messages import Abort, ChangeShare, ResetPrefixCache, Start, StepDone, Stop
 from mxn.engine.proxy.dialects import Delta, Dialect, body_error
 from mxn.engine.proxy.process import ServerProcess
 from mxn.engine.stats import EngineStats
@@ -135,6 +135,8 @@ class Proxy:
                 self._add(message.request)
             elif isinstance(message, Abort):
                 self._abort(message.seq_ids)
+            elif isinstance(message, ChangeShare):
+                self._change_share(message.chip_share)
             elif isinstance(message, Stop):
                 self._is_stopping = True
             elif isinstance(message, ResetPrefixCache):
@@ -383,15 +385,25 @@ class Proxy:
         except OSError as error:
             self._finish(error)
 
+    def _change_share(self, chip_share: float) -> None:
+        if self._meter is not None:
+            self._book()
+            self._meter.share = chip_share
+
+    def _book(self) -> bool:
+        """Adds the joules since the last time to the counter, as far as they are known."""
+        joules = self._meter.advance() if self._meter is not None else None
+        if joules is not None:
+            self.stats.chip_energy_j = (self.stats.chip_energy_j or 0.0) + joules
+        return joules is not None
+
     async def _report_energy(self) -> None:
         """Books the joules of the server's chips. Which sequence they went to is not known: its steps are not seen."""
         if self._meter is None:
             return
         while True:
             await asyncio.sleep(ENERGY_PERIOD_S)
-            joules = self._meter.advance()
-            if joules is not None:
-                self.stats.chip_energy_j = (self.stats.chip_energy_j or 0.0) + joules
+            if self._book():
                 self._report([])
 
     async def _watch(self) -> None:

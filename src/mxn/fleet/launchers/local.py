@@ -124,6 +124,7 @@ class LocalLauncher:
             await tail.finish()
             _forget(folder, record)
             return None
+        replica.change_share(load.chip_share)  # its neighbours may be others than when it was started
         log.info("replica %d of %s was taken over with its model", record.pid, record.model)
         self._watch(folder, record, process)
         return replica
