@@ -136,12 +136,11 @@ async def test_waiting_ends_with_the_loss_when_no_replacement_comes(fake_deploym
 
 
 async def test_a_sequence_is_not_moved_again_without_a_token_in_between(fake_deployment: Make) -> None:
-    spec = fake_deployment(options={"step_ms": 1, "hang_after": 0, "lose_chip_after": 0, "die_after": 0})
     spec = fake_deployment(options={"lose_chip_after": 1}, num_replicas=3, max_step_tokens=4)
     async with running(spec) as deployment:
-        with pytest.raises(ReplicaDiedError, match="chip fake-0 is lost"):
+        with pytest.raises(ReplicaDiedError, match=r"chip fake-\d is lost"):
             await collect(deployment.submit(list(range(20)), GREEDY))  # dies within its prompt, twice
-        await wait_for(lambda: deployment.num_restarts == 2)
+        assert deployment.num_moves == 1
 
 
 async def test_those_in_line_are_told_when_they_have_waited_too_long(fake_deployment: Make) -> None:
