@@ -16,15 +16,15 @@ import json
 import math
 import random
 import statistics
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
 from mxn.backends.registry import load_backend
 from mxn.config.model_card import Architecture
-from mxn.core.model import LoadSettings, Model, ModelSpec, QuantisationName
+from mxn.core.model import LoadSettings, Model, ModelSpec
 from mxn.core.request import FinishReason, SamplingParams, SequenceRequest
 from mxn.engine.messages import Load
 from mxn.fleet.calibration.memory import MemoryObservation, observe, read_observation
@@ -58,6 +58,30 @@ def predicted(cell: dict[str, Any], seen: list[MemoryObservation]) -> dict[str, 
     return {"needed": needed, "accepted_from": most / (1 - RESERVE_SHARE), "kv": fit.kv_cache.value or 0.0}
 
 
+def settings_of(cell: dict[str, Any]) -> LoadSettings:
+    """How a cell is loaded: with a cache for its sequences and no more."""
+    return LoadSettings(
+        quantisation=cell["quantisation"],
+        context_length=cell["context"],
+        kv_bytes=int(predicted(cell, [])["kv"]),
+        max_num_seqs=cell["sequences"],
+        prefix_cache=False,
+    )
+
+
+def seen_in(cell: dict[str, Any]) -> MemoryObservation:
+    """What the load of a cell showed, beside what this version of the backend would have expected."""
+    backend = load_backend(cell["backend"])
+    estimate = backend.estimate(msgspec.convert(cell["spec"], ModelSpec), settings_of(cell), backend.chips()[0])
+    return replace(
+        read_observation(json.dumps(cell["observation"]), "observation"),
+        kv_bytes=float(cell["kv"]),
+        estimated_weight_bytes=estimate.weights.value or 0.0,
+        estimated_other_bytes=(estimate.activations.value or 0.0) + (estimate.overhead.value or 0.0),
+        estimated_peak_bytes=estimate.loading.value if estimate.loading else None,
+    )
+
+
 async def load_cell(model: Model, backend_name: str, quantisation: str, context: int, sequences: int) -> dict[str, Any]:
     """Loads one cell, fills it, and says what it took."""
     cell: dict[str, Any] = {
@@ -70,13 +94,7 @@ async def load_cell(model: Model, backend_name: str, quantisation: str, context:
     }
     backend = load_backend(backend_name)
     chip = backend.chips()[0]
-    settings = LoadSettings(
-        quantisation=cast(QuantisationName, quantisation),
-        context_length=context,
-        kv_bytes=int(predicted(cell, [])["kv"]),
-        max_num_seqs=sequences,
-        prefix_cache=False,
-    )
+    settings = settings_of(cell)
     load = Load(backend=backend_name, model=model, settings=settings, chips=[chip], max_waiting=64)
     replica = await LocalLauncher().start(load, lambda phase, fraction: None, {})
     try:
@@ -129,7 +147,7 @@ def report(path: Path) -> None:
     seen: list[MemoryObservation] = []
     for cell in data:
         cell["formula"], cell["corrected"] = predicted(cell, []), predicted(cell, seen)
-        seen.append(read_observation(json.dumps(cell["observation"]), path.name))
+        seen.append(seen_in(cell))
     print("| cell | context x sequences | peak GiB | by formula | corrected | fits from |\n|---|---|---|---|---|---|")
     for cell in data:
         peak = cell["peak"]

@@ -155,8 +155,8 @@ def _estimate_loading(model: ModelSpec, quantisation: str) -> Quantity | None:
         value=_LIBRARY_BYTES + 6.0 * model.num_parameters,
         unit="B",
         provenance=Provenance.ESTIMATED,
-        source="libraries, and weights in float32 beside a file of 2 bytes per parameter",
-        relative_error=0.2,
+        source="libraries, and weights in float32 beside a file of 2 bytes per parameter; a file may have more",
+        relative_error=0.35,
     )
 
 

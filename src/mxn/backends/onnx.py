@@ -104,10 +104,10 @@ class OnnxBackend(Backend):
             weights=_estimate_weights(model, quantisation),
             kv_cache=_estimate_kv(model, settings, chip),
             activations=Quantity(
-                value=4.0 * (settings.max_step_tokens * 8 * model.hidden_size + model.vocab_size),
+                value=4.0 * (_step_tokens(model, settings) * 48 * model.hidden_size + model.vocab_size),
                 unit="B",
                 provenance=Provenance.ESTIMATED,
-                source="eight hidden layers of a full step and one row of logits, float32",
+                source="48 hidden layers of a full step and one row of logits, float32, as seen on one machine",
                 relative_error=1.0,
             ),
             overhead=Quantity(
@@ -185,6 +185,12 @@ class OnnxExecutor(Executor):
 
     def close(self) -> None:
         self._runner.close()
+
+
+def _step_tokens(model: ModelSpec, settings: LoadSettings) -> int:
+    """Tokens of the largest step that can come."""
+    context = min(settings.context_length or model.max_context, model.max_context)
+    return min(settings.max_step_tokens, settings.max_num_seqs * context)
 
 
 def _estimate_weights(model: ModelSpec, quantisation: str) -> Quantity:

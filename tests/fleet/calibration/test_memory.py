@@ -37,21 +37,38 @@ def test_nothing_seen_leaves_the_estimate_as_it_was() -> None:
     assert _corrected([replace(SEEN, chip="Other"), replace(SEEN, backend="onnx")]) == ESTIMATE
 
 
-def test_each_part_goes_by_the_factor_that_was_seen() -> None:
-    found = _corrected([SEEN, SEEN])
-    assert found.weights.value == pytest.approx(1.5e9)
-    assert (found.activations.value or 0) + (found.overhead.value or 0) == pytest.approx(5e8 * 4 / 5)
-    assert found.kv_cache == ESTIMATE.kv_cache
+def test_all_that_stays_goes_by_the_factor_that_was_seen() -> None:
+    found = _corrected([SEEN, SEEN, SEEN])
+    factor = 5.5e8 / 6e8
+    assert found.weights.value == pytest.approx(1e9 * factor)
+    assert found.overhead.value == pytest.approx(4e8 * factor)
+    assert (found.activations, found.kv_cache) == (ESTIMATE.activations, ESTIMATE.kv_cache)
     assert "seen in 2 loads" in found.weights.source
 
 
+def test_loads_whose_large_cache_may_be_counted_do_not_count_beside_others() -> None:
+    touched = replace(SEEN, resident_bytes=2e9, kv_bytes=3e9)
+    assert _corrected([touched, SEEN]).weights == _corrected([SEEN]).weights
+    assert _corrected([touched, SEEN, touched, SEEN]).weights == _corrected([SEEN, SEEN, SEEN]).weights
+
+
+def test_what_loading_holds_has_a_factor_of_its_own() -> None:
+    estimate = replace(ESTIMATE, loading=_part(2e9))
+    seen = [replace(SEEN, peak_bytes=9e8, estimated_peak_bytes=1e9)] * 2
+    found = corrected(estimate, seen, **CELL).loading
+    assert found is not None
+    assert found.value == pytest.approx(1.8e9)
+    assert corrected(estimate, [SEEN], **CELL).loading == estimate.loading
+
+
 def test_the_error_is_what_loads_differ_by_and_never_nothing() -> None:
-    alike = _corrected([SEEN, SEEN]).weights
-    apart = _corrected([SEEN, SEEN, replace(SEEN, weight_bytes=1.8e8, resident_bytes=5.8e8)]).weights
+    alike = _corrected([SEEN] * 3).weights
+    worst = replace(SEEN, resident_bytes=7e8)
+    apart = _corrected([SEEN, SEEN, worst, worst, worst]).weights
     assert alike.relative_error is not None
     assert apart.relative_error is not None
     assert 0 < alike.relative_error < apart.relative_error < 0.5
-    assert (apart.value or 0) * (1 + apart.relative_error) >= 1.8e9  # the worst load that was seen is within it
+    assert (apart.value or 0) * (1 + apart.relative_error) >= 1e9 * 7 / 6  # the worst load that was seen is within it
 
 
 def test_another_version_corrects_with_wider_errors_until_its_own_loads_were_seen() -> None:
@@ -63,7 +80,7 @@ def test_another_version_corrects_with_wider_errors_until_its_own_loads_were_see
     assert "other versions" not in own.weights.source
 
 
-def test_weights_are_corrected_by_their_own_family_and_the_rest_by_any() -> None:
+def test_loads_of_another_family_correct_what_is_beside_the_weights() -> None:
     found = _corrected([SEEN], {**CELL, "family": "gemma3_text"})
     assert found.weights == ESTIMATE.weights
     assert found.overhead.value == pytest.approx(4e8 * 4 / 5)
