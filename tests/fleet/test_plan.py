@@ -228,3 +228,10 @@ def test_a_limit_on_cost_is_kept_or_refused_with_the_least_that_would_do(tmp_pat
 def test_a_limit_on_cost_that_nobody_can_check_fails_the_plan(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"usd_per_hour cannot be checked: the cards of epyc-9654 have no price"):
         _priced(tmp_path, 100.0, chips="{epyc-9654: 2}")
+
+
+def test_where_only_watts_are_short_watts_are_what_would_help(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, "{power_w: 20, nodes: [{name: n, chips: {h100-sxm: 2}}]}")
+    assert plan.deployments[0].unserved == 1
+    assert all(text.startswith("+") and " W for site" in text for text in plan.deployments[0].relaxations)
+    assert plan.deployments[0].relaxations

@@ -17,7 +17,7 @@ from mxn.fleet.inventory import Inventory, change_inventory, take_inventory
 from mxn.fleet.planner.problem import SLICES_PER_CHIP, Demand, Option
 from mxn.fleet.planner.solve import Effort, Outcome, StageReport, solve_placement
 from mxn.fleet.posing import Posed, Running, chip_usd_per_hour, idle_watts, pose
-from mxn.fleet.relaxations import relaxations
+from mxn.fleet.relaxations import left_free, relaxations
 from mxn.fleet.seats import Seat, assign_seats
 
 _EXACT_REPLICAS, _REFINED_DEMANDS = 40, 300
@@ -212,7 +212,8 @@ def _solve(
     chosen = effort or policy.effort or _effort_for(posed)
     outcome = solve_placement(posed.problem, effort=chosen)
     seats = assign_seats(posed.problem, posed.groups, outcome.assignment)
-    deployments = tuple(_planned(demand, posed, outcome, seats, inventory) for demand in posed.problem.demands)
+    free = left_free(posed.problem, outcome.assignment)
+    deployments = tuple(_planned(demand, posed, outcome, seats, inventory, free) for demand in posed.problem.demands)
     used: dict[str, float] = dict.fromkeys(inventory.kinds, 0.0)
     for planned in deployments:
         for placement in planned.placements:
@@ -280,6 +281,7 @@ def _planned(
     outcome: Outcome,
     seats: Mapping[tuple[str, str], Sequence[Seat]],
     inventory: Inventory,
+    free: Mapping[str, float],
 ) -> PlannedDeployment:
     name = demand.name
     deployment = posed.deployments[name]
@@ -299,7 +301,7 @@ def _planned(
         runner_up=_runner_up(demand, counts, posed, outcome),
         yields=tuple(_yields(posed.options[name].values())),
         rejections=rejections,
-        relaxations=relaxations(demand, posed, unserved, missing, inventory) if unserved or missing else (),
+        relaxations=relaxations(demand, posed, unserved, missing, inventory, free) if unserved or missing else (),
     )
 
 

@@ -3,46 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from mxn.config.deployments import DeploymentConfig
 from mxn.config.model_card import ModelCard
 from mxn.fleet.cells import CellFinder, Rejection, planned_context
 from mxn.fleet.inventory import Inventory
-from mxn.fleet.planner.problem import SLICES_PER_CHIP, Demand
+from mxn.fleet.planner.problem import SLICES_PER_CHIP, Assignment, Demand, Problem
 from mxn.fleet.posing import Posed
 
 _SMALLEST_CONTEXT = 512
 
 
-def relaxations(demand: Demand, posed: Posed, unserved: float, missing: int, inventory: Inventory) -> tuple[str, ...]:
-    """Sentences, each one change that by itself makes the deployment possible, or serves the rest of its load."""
+def relaxations(
+    demand: Demand, posed: Posed, unserved: float, missing: int, inventory: Inventory, free: Mapping[str, float]
+) -> tuple[str, ...]:
+    """Sentences, each one change that by itself makes the deployment possible, or serves the rest of its load.
+
+    Args: free: what the plan leaves of each pool, in slices, and of each power cap, in watts.
+    """
     if demand.options:
-        return tuple(_more(demand, posed, unserved, missing))
+        found = tuple(_more(demand, posed, unserved, missing, free))
+        return found or ("chips in another failure domain: its rules about these leave no room in those there are",)
     deployment, card = posed.deployments[demand.name], posed.cards[demand.name]
     rejections = posed.rejections[demand.name]
-    found = [*_nearest(rejections), *_other_settings(deployment, card, inventory)]
-    found += dict.fromkeys(no.reason for no in rejections if no.constraint in ("card", "backend") and no.chips == 1)
-    return tuple(found) or ("chips of another kind: none of those here can run it",)
+    changes = [*_nearest(rejections), *_other_settings(deployment, card, inventory)]
+    changes += dict.fromkeys(no.reason for no in rejections if no.constraint in ("card", "backend") and no.chips == 1)
+    return tuple(changes) or ("chips of another kind: none of those here can run it",)
 
 
-def _more(demand: Demand, posed: Posed, unserved: float, missing: int) -> Iterator[str]:
-    """How many more chips of each kind would serve what is left, fewest first; and the replicas allowed."""
+def left_free(problem: Problem, assignment: Assignment) -> dict[str, float]:
+    """What an assignment leaves of each pool, in slices, and of each power cap, in watts."""
+    caps = {pool.name: pool.power_caps for pool in problem.pools}
+    free = {pool.name: float(pool.num_chips * SLICES_PER_CHIP) for pool in problem.pools}
+    free |= {cap.name: cap.watts for cap in problem.caps}
+    for demand in problem.demands:
+        counts = assignment.replicas[demand.name]
+        for option in demand.options:
+            count = counts.get(option.name, 0)
+            free[option.pool] -= count * option.slices
+            for cap in caps[option.pool]:
+                free[cap] -= count * option.watts
+    return free
+
+
+def _more(demand: Demand, posed: Posed, unserved: float, missing: int, free: Mapping[str, float]) -> Iterator[str]:
+    """What serving the rest lacks of each kind, least first: chips, watts under budgets; and the replicas allowed."""
     if demand.max_replicas is not None and unserved:
         fastest = max(option.capacity for option in demand.options)
         needed = math.ceil(demand.load / fastest - 1e-9)
         if needed > demand.max_replicas:
             yield f"replicas.max {needed} instead of {demand.max_replicas}"
+    caps = {pool.name: pool.power_caps for pool in posed.problem.pools}
     kinds: dict[str, tuple[float, float, str]] = {}
     for option in demand.options:
-        candidate = posed.options[demand.name][option.name]
+        cell = posed.options[demand.name][option.name].cell
         number = max(math.ceil(unserved * demand.load / option.capacity - 1e-9), missing, 1)
-        chips = number * option.slices / SLICES_PER_CHIP
-        best = kinds.get(candidate.cell.kind)
-        if best is None or chips < best[0]:
-            kinds[candidate.cell.kind] = (chips, number * option.watts, candidate.cell.name)
-    for kind, (chips, watts, cell) in sorted(kinds.items(), key=lambda item: (item[1][0], item[0])):
-        yield f"+{math.ceil(chips)} {kind} and {watts:.0f} W for them ({cell})"
+        watts = number * option.watts
+        chips = math.ceil(max(0.0, number * option.slices - free[option.pool]) / SLICES_PER_CHIP)
+        lacking = {cap: watts - free[cap] for cap in caps[option.pool] if watts > free[cap] + 1e-6}
+        parts = [f"+{chips} {cell.kind}"] if chips else []
+        parts += [f"+{math.ceil(lack)} W for {cap}" for cap, lack in lacking.items()]
+        if chips and not lacking:
+            parts.append(f"{watts:.0f} W for them")
+        least = chips, max(lacking.values(), default=0.0), f"{' and '.join(parts)} ({cell.name})"
+        if parts and (cell.kind not in kinds or least < kinds[cell.kind]):
+            kinds[cell.kind] = least
+    for _, (_, _, text) in sorted(kinds.items(), key=lambda item: (*item[1][:2], item[0])):
+        yield text
 
 
 def _nearest(rejections: tuple[Rejection, ...]) -> Iterator[str]:
