@@ -27,13 +27,15 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's class has n
     async def _select_from_candidate_replicas(
         self, candidates: list[RunningReplica], backoff_index: int
     ) -> RunningReplica | None:
-        """The first one, at once. Serve's own way asks replicas for the length of a queue that they do not have."""
         return candidates[0] if candidates else None
 
-    @property
-    def supports_rejection_protocol(self) -> bool:
-        """No: mxn's line is in front, so a replica takes whatever is sent to it."""
-        return False
+    async def _probe_queue_lens(self, replicas: list[RunningReplica], backoff_index: int) -> list[object]:
+        """Asks nobody: mxn's line is in front of the gateway, and replicas take whatever is sent.
+
+        Serve asks every new replica, gives it 0.1 s, and cancels the call then. On a machine with more to do than it
+        could, that cancelling did not return, and the gateway heard of no replica any more.
+        """
+        return []
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         note_routable(self._deployment_id.app_name, (r.replica_id.unique_id for r in replicas))
