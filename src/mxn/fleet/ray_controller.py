@@ -85,12 +85,12 @@ class RayController:
         await asyncio.gather(*(asyncio.to_thread(serve.delete, app) for app in self.groups))
 
     async def failures(self) -> dict[str, str]:
-        """By Serve application, why its replicas cannot be started; empty while nothing has failed."""
+        """By Serve application, why Serve gave up starting its replicas; empty while it has not."""
         status = await asyncio.to_thread(serve.status)
         return {
             name: _cause(app)
             for name, app in status.applications.items()
-            if (name in self.groups or name == GATEWAYS) and app.status.value in ("DEPLOY_FAILED", "UNHEALTHY")
+            if (name in self.groups or name == GATEWAYS) and app.status.value == "DEPLOY_FAILED"
         }
 
     async def num_running(self) -> dict[str, int]:
