@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -246,7 +247,7 @@ def test_a_socket_fits_into_its_address_wherever_the_folder_is(tmp_path: Path, m
         listener.bind(str(path))
     folder.close()
     assert RuntimeFolder.of(tmp_path / "mxn.yaml").path == folder.path
-    path.unlink()
+    shutil.rmtree(folder.path.parent)
 
 
 def test_a_state_that_cannot_be_read_or_written_stops_nothing(tmp_path: Path) -> None:
