@@ -32,25 +32,8 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's class has n
     async def _probe_queue_lens(self, replicas: list[RunningReplica], backoff_index: int) -> list[object]:
         """Asks nobody: mxn's line is in front of the gateway, and replicas take whatever is sent.
 
-        Serve asks every new replica, gives it 0.1 s, and cancels the call then. Gateways on an overloaded machine heard of no
-        replica any more after that; asked nothing, they did.
-        """
-        return []
-        address = pending_request.args[0]
-        if isinstance(address, str):
-            return [[r for r in candidate_replicas if r.replica_id.unique_id == address]]
-        return [[r for r in candidate_replicas if r.replica_id.unique_id not in address]]
-
-    async def _select_from_candidate_replicas(
-        self, candidates: list[RunningReplica], backoff_index: int
-    ) -> RunningReplica | None:
-        return candidates[0] if candidates else None
-
-    async def _probe_queue_lens(self, replicas: list[RunningReplica], backoff_index: int) -> list[object]:
-        """Asks nobody: mxn's line is in front of the gateway, and replicas take whatever is sent.
-
-        Serve asks every new replica, gives it 0.1 s, and cancels the call then. On a machine with more to do than it
-        could, that cancelling did not return, and the gateway heard of no replica any more.
+        Serve asks every new replica, gives it 0.1 s, and cancels the call then. Gateways on an overloaded machine heard
+        of no replica any more after that; when they asked nothing, they did.
         """
         return []
 
