@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import random
 import socket
@@ -24,7 +23,8 @@ async def disconnects(setup: Setup) -> Report:
     """10,000 clients leave in the middle of their answer, streamed and not."""
     report = Report()
     total = setup.count(10_000, at_least=200)
-    with FaultServer(setup.config(setup.deployment(step_ms=2, **_small(setup)))) as server:
+    kv_gib = 0.00025 if setup.is_fake else 0.05  # a cache that is full of prefixes before memory is looked at
+    with FaultServer(setup.config(setup.deployment(step_ms=2, kv_gib=kv_gib))) as server:
         await _leave(server, max(200, total // 10), seed=1)  # so that memory that is taken once has been
         wait_until(lambda: not server.held()["sequences"], 60)
         await asyncio.sleep(2)
@@ -38,7 +38,7 @@ async def disconnects(setup: Setup) -> Report:
             report.equal(f"{name} leaked", after[name] - held, 0)
         for name, mib in memory.items():
             report.at_most(f"memory of the {name}, growth in %", 100 * (now_mib[name] / mib - 1), 5)
-        report.figures |= {"clients": total, "seconds": round(took_s, 1), "left before the first byte": sent["early"]}
+        report.figures |= {"clients": total, "seconds": round(took_s, 1), "left in mid-stream": sent["late"]}
         report.figures["sequences aborted"] = server.metrics()["mxn_engine_sequences_aborted_total"]
         report.figures["memory before, MiB"] = {name: round(mib, 1) for name, mib in memory.items()}
         report.figures["memory after, MiB"] = {name: round(mib, 1) for name, mib in now_mib.items()}
@@ -53,7 +53,7 @@ async def disconnects(setup: Setup) -> Report:
 async def overload(setup: Setup) -> Report:
     """Twice and ten times as many requests come as can be served."""
     report = Report()
-    config = setup.config(setup.deployment(step_ms=10, max_num_seqs=8, max_queue=QUEUE, **_small(setup)))
+    config = setup.config(setup.deployment(step_ms=10, max_num_seqs=8, max_queue=QUEUE))
     with FaultServer(config) as server:
         peak, own_s = await _peak(server, setup)
         limit_s = (QUEUE + 8) / peak + own_s
@@ -74,9 +74,9 @@ async def overload(setup: Setup) -> Report:
 async def slow_readers(setup: Setup) -> Report:
     """Clients read a byte a second."""
     report = Report()
-    count = setup.count(200, at_least=20)
+    count = setup.count(50, at_least=20)
     # One more than there are slow ones, so that the others still have a place in every step.
-    fields = {"kv_gib": 0.01, **_small(setup), "max_num_seqs": count + 16}
+    fields = {**({"kv_gib": 0.01} if setup.is_fake else {}), "max_num_seqs": count + 16}
     num_tokens = 7000 if setup.is_fake else 900
     with FaultServer(setup.config(setup.deployment(step_ms=2, **fields))) as server:
         load = Load(server.url, MODEL, num_clients=2, num_tokens=50)
@@ -89,27 +89,23 @@ async def slow_readers(setup: Setup) -> Report:
         readers = [asyncio.create_task(_read_slowly(server, num_tokens, stop)) for _ in range(count)]
         highest = before
         async with load.running():
-            end_s = time.monotonic() + setup.seconds(45, at_least=5)
+            end_s = time.monotonic() + setup.seconds(60, at_least=5)
             while time.monotonic() < end_s:
                 await asyncio.sleep(0.5)
                 highest = max(highest, server.memory_mib()["gateway"])
-        aborted = server.metrics()["mxn_engine_sequences_aborted_total"]
+        num_ended = sum(reader.done() for reader in readers)
         stop.set()
         await asyncio.gather(*readers)
         report.at_most("memory of the gateway per slow client, KiB", 1024 * (highest - before) / count, 512)
         report.equal("answers of the others lost or different", len(load.answers) - load.count("ok"), 0)
         report.figures |= {"slow clients": count, "requests of the others": len(load.answers)}
-        report.figures["sequences of slow clients ended meanwhile"] = aborted
+        report.figures["slow clients that the server ended meanwhile"] = num_ended
         report.figures["longest gap in a stream of the others, s"] = round(load.longest_gap_s(), 3)
         report.figures["the same before, s"] = round(alone_s, 3)
         report.notes += load.details()
         wait_until(lambda: not server.held()["sequences"], 60)
         report.equal("sequences left afterwards", server.held()["sequences"], 0)
     return report
-
-
-def _small(setup: Setup) -> dict[str, object]:
-    return {} if setup.is_fake else {"threads": 1, "kv_gib": 0.25, "context_length": 1024}
 
 
 async def _leave(server: FaultServer, total: int, *, seed: int) -> Counter[str]:
@@ -121,8 +117,9 @@ async def _leave(server: FaultServer, total: int, *, seed: int) -> Counter[str]:
         async with gate:
             reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
             writer.write(_request(f"client {number} of {seed}", 500, stream=number % 2 == 0))
+            patience_s = 30 if number % 4 == 0 else chance.uniform(0, 0.2)  # some are there when the stream begins
             try:
-                await asyncio.wait_for(reader.read(1 << 16), chance.uniform(0, 0.2))
+                await asyncio.wait_for(reader.read(1 << 16), patience_s)
                 done["late"] += 1
             except TimeoutError:
                 done["early"] += 1
@@ -130,7 +127,6 @@ async def _leave(server: FaultServer, total: int, *, seed: int) -> Counter[str]:
                 writer.transport.abort()
 
     await asyncio.gather(*(one(number) for number in range(total)))
-    gc.collect()
     return done
 
 

@@ -14,6 +14,7 @@ from fault_scenarios.load import Load
 from fault_scenarios.report import Report
 from fault_scenarios.server import FaultServer, wait_until
 from fault_scenarios.setup import MODEL, Setup
+from mxn.store.fetch import fetch
 
 
 async def kill(setup: Setup) -> Report:
@@ -137,12 +138,10 @@ async def weights(setup: Setup) -> Report:
     good, bad = setup.deployment(MODEL), setup.deployment("broken")
     if setup.is_fake:
         bad["options"] = {"fail_load": "model.safetensors: the file ends before its last tensor"}
-    else:
-        good |= {"threads": 1, "kv_gib": 0.25, "context_length": 1024}
     server = FaultServer(setup.config(good, bad))
     if not setup.is_fake:
         folder = server.folder / "broken"
-        shutil.copytree(setup.model, folder)
+        shutil.copytree(fetch(setup.model).folder, folder)
         path = folder / "model.safetensors"
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size // 2)

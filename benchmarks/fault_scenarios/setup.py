@@ -35,9 +35,14 @@ class Setup:
     def deployment(
         self, name: str = MODEL, *, step_ms: float = 5.0, options: dict[str, Any] | None = None, **fields: Any
     ) -> dict[str, Any]:
-        """An entry of `deployments` in mxn.yaml."""
-        all_options = {**({"step_ms": step_ms} if self.is_fake else {}), **(options or {})}
-        return {"name": name, "model": self.model, "backend": self.backend, "options": all_options, **fields}
+        """An entry of `deployments` in mxn.yaml.
+
+        What a CPU would otherwise choose by measuring is set, so that all replicas compute alike.
+        """
+        own: dict[str, Any] = {"step_ms": step_ms} if self.is_fake else {"tune": "off", "order": "fixed"}
+        more = {} if self.is_fake else {"quantisation": "int8", "threads": 1, "kv_gib": 0.25, "context_length": 1024}
+        entry = {"name": name, "model": self.model, "backend": self.backend, **more, **fields}
+        return {**entry, "options": {**own, **(options or {})}}
 
     def config(self, *deployments: dict[str, Any], **server: Any) -> dict[str, Any]:
         """A whole mxn.yaml."""
@@ -45,5 +50,4 @@ class Setup:
 
     def replicas(self, count: int, **fields: Any) -> dict[str, Any]:
         """A whole mxn.yaml with one deployment of so many replicas."""
-        fields = {"threads": 1, "kv_gib": 0.25, "context_length": 1024, **fields} if not self.is_fake else fields
         return self.config(self.deployment(replicas={"min": count, "max": count}, **fields))
