@@ -11,6 +11,7 @@ from mxn.core.request import SamplingParams
 from mxn.errors import ReplicaDiedError
 from mxn.fleet.deployment import Deployment
 from mxn.fleet.fleet import Fleet
+from mxn.fleet.relay import RelayedStream
 from mxn.fleet.spec import DeploymentSpec
 
 Make = Callable[..., DeploymentSpec]
@@ -34,6 +35,11 @@ async def answers(spec: DeploymentSpec) -> list[list[int]]:
         await fleet.stop(drain_s=0)
 
 
+async def exhaust(stream: RelayedStream) -> None:
+    async for _ in stream:
+        pass
+
+
 async def test_a_replica_that_takes_steps_ahead_answers_as_any_other(fake_deployment: Make) -> None:
     ahead, one_by_one = [await answers(fake_deployment(options={"ahead": mode})) for mode in ("on", "off")]
     assert ahead == one_by_one
@@ -46,8 +52,6 @@ async def test_a_chip_lost_under_way_is_told_to_those_it_served(fake_deployment:
     try:
         stream = fleet.deployments[0].submit([1, 2], RULES[0])
         with pytest.raises(ReplicaDiedError, match="chip fake-0 is lost"):
-            async with asyncio.timeout(20):
-                async for _ in stream:
-                    pass
+            await asyncio.wait_for(exhaust(stream), 20)
     finally:
         await fleet.stop(drain_s=0)
