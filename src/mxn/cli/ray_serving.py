@@ -34,12 +34,12 @@ def serve_on_ray(
 
     Replicas and gateways go when this ends in order. If it is killed they run on, and are taken over by the next.
     """
+    require_ray()
     from mxn.cli.progress import Phases
     from mxn.fleet.launchers.ray.node import use_token
     from mxn.fleet.launchers.ray.nodes import connect
     from mxn.server.run import check_address
 
-    require_ray()
     check_address(where[0], settings)
     use_token()
     connect(address)
