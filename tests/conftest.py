@@ -1,4 +1,7 @@
-"""Smallest real things that tests share: a byte tokenizer folder and models of the fake backend."""
+"""Smallest real things that tests share: a byte tokenizer folder and models of the fake backend.
+
+What the kernels' tests do not need is imported where it is used: they run with torch, Triton and transformers alone.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,17 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from mxn.bench.workloads import WORDS
 from mxn.core.chip import Chip
 from mxn.core.model import LoadSettings, Model, ModelSpec
-from mxn.fleet.spec import DeploymentSpec, PlacementSpec
+
+if TYPE_CHECKING:
+    from mxn.fleet.spec import DeploymentSpec
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -93,6 +98,7 @@ def fake_chip(number: int = 0) -> Chip:
 @pytest.fixture
 def fake_deployment(fake_model: Model) -> Callable[..., DeploymentSpec]:
     """Makes deployment specs on the fake backend; keywords `options` (dict), any `LoadSettings` or spec field."""
+    from mxn.fleet.spec import DeploymentSpec, PlacementSpec
 
     def make(
         name: str = "fake-model",
@@ -146,6 +152,7 @@ def install_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 @pytest.fixture(scope="session")
 def write_word_tokenizer() -> Callable[..., Path]:
     """Writes a byte-level tokenizer.json in which every word of the benchmark's prompts is one token."""
+    from mxn.bench.workloads import WORDS
 
     def write(folder: Path, *, with_bos: bool = False) -> Path:
         backend = tokenizers.Tokenizer(models.BPE())
