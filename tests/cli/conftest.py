@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,14 @@ Mxn = Callable[..., Ran]
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """An environment with caches of its own, so that tests see no model of the machine."""
     home = tmp_path_factory.mktemp("home")
     names = {"MXN_CACHE_DIR": "cache", "MXN_DATA_DIR": "data", "MXN_CONFIG_DIR": "config"}
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MXN_")}
-    return clean | {name: str(home / folder) for name, folder in names.items()} | {"MXN_LOG_LEVEL": "warning"}
+    with tempfile.TemporaryDirectory(prefix="mxn-") as run:  # sockets are there, and their paths must be short
+        own = {name: str(home / folder) for name, folder in names.items()} | {"MXN_RUNTIME_DIR": run}
+        yield clean | own | {"MXN_LOG_LEVEL": "warning"}
 
 
 @pytest.fixture(scope="session")
