@@ -43,9 +43,9 @@ class Decomposition:
         )
         self._seen: set[tuple[int, bytes]] = set()
         self._next_prices, self._smoothing = prices, _SMOOTHING
-        self._num_overfull = num_shared if overfull < math.inf else 0
-        for row in range(self._num_overfull):
-            self._master.add_column(overfull, np.array([row], dtype=np.int32), np.array([-1.0]))
+        for row in range(num_shared):
+            cost, upper = (0.0, 0.0) if overfull == math.inf else (overfull, math.inf)
+            self._master.add_column(cost, np.array([row], dtype=np.int32), np.array([-1.0]), upper=upper)
         self.add(first)
 
     def add(self, patterns: Iterable[tuple[int, Pattern]]) -> None:
@@ -80,9 +80,13 @@ class Decomposition:
         return patterns
 
     def hold_back(self, share: float) -> None:
-        """From now on the master uses this share less of every row; what it mixes then leaves room for rounding."""
+        """From now on the master uses this share less of every row; what it mixes then leaves room for rounding.
+
+        It may use more at ten times the dearest price, since patterns for so little room are still to come.
+        """
         for row, limit in enumerate(self._instance.limits.tolist()):
             self._master.change_upper(row, limit * (1 - share))
+            self._master.free_column(row, 10 * float(self.prices.max()) + 1e-6)
 
     def mix(self) -> tuple[float, list[tuple[int, Pattern, float]]]:
         """The master's optimum and the patterns it uses as (block, pattern, part); sets the next prices."""
@@ -91,7 +95,7 @@ class Decomposition:
         self._next_prices = self._smoothing * self.prices + (1 - self._smoothing) * newest
         used = [
             (block, pattern, float(part))
-            for (block, pattern), part in zip(self.columns, found.values[self._num_overfull :], strict=True)
+            for (block, pattern), part in zip(self.columns, found.values[len(self._instance.limits) :], strict=True)
             if part > 1e-7
         ]
         return found.objective, used

@@ -130,9 +130,16 @@ class Master:
         for low, high in zip(row_lower, row_upper, strict=True):
             self._highs.addRow(float(low), float(high), 0, empty.astype(np.int32), empty)
 
-    def add_column(self, cost: float, rows: NDArray[np.int32], values: Vector) -> None:
+    def add_column(
+        self, cost: float, rows: NDArray[np.int32], values: Vector, *, upper: float = highspy.kHighsInf
+    ) -> None:
         """Adds a column bounded below by 0."""
-        self._highs.addCol(cost, 0.0, highspy.kHighsInf, len(rows), rows, values)
+        self._highs.addCol(cost, 0.0, upper, len(rows), rows, values)
+
+    def free_column(self, column: int, cost: float) -> None:
+        """Takes the upper bound off a column, at another cost."""
+        self._highs.changeColCost(column, cost)
+        self._highs.changeColBounds(column, 0.0, highspy.kHighsInf)
 
     def change_upper(self, row: int, upper: float) -> None:
         """Gives a row that has no lower bound another upper one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,11 +20,9 @@ _MAX_STALLS = 2
 """Attempts in a row without a gain worth a twentieth of the target, after which nothing more is tried."""
 
 _MAX_SWEEPS = 4
-_COMPANY = (0, 24)
-"""Blocks that the master uses whole and that are solved again with those it mixes, when these alone find no room."""
-_ROUNDING_NODES = 50
+_ROUNDING_NODES = 3
 _ROUNDED_WELL = 0.01
-_HELD_BACK, _ROUNDS_HELD_BACK = (0.002, 0.005), 4
+_HELD_BACK, _ROUNDS_HELD_BACK = (0.0005, 0.0015, 0.005), 4
 """Shares of every row kept for rounding where whole patterns and the rest find no room together; rounds for each."""
 
 
@@ -81,7 +79,7 @@ def refine(
 def _round(
     oracle: Oracle, order: Sequence[Block], prices: Vector, used: Sequence[tuple[int, Pattern, float]], budget: Budget
 ) -> list[Pattern] | None:
-    """Keeps what the master uses whole and solves the rest together; what finds no room gets company until it does.
+    """Keeps what the master uses whole and solves the rest together, or one after another where that fails.
 
     The master has few rows, so it mixes patterns for as few blocks.
     """
@@ -90,17 +88,13 @@ def _round(
     for index, pattern, part in used:
         if part > leading.get(index, (0.0, pattern))[0]:
             leading[index] = (part, pattern)
-    split = [i for i, (part, _) in leading.items() if part < 1 - 1e-6]
-    whole = sorted((i for i in leading if i not in set(split)), key=lambda i: -float(leading[i][1].use @ prices))
-    for extra in _COMPANY if budget.attempts and all(block.is_plain for block in blocks) else ():
-        free = sorted([*split, *whole[:extra]])
-        kept = {i: leading[i][1] for i in whole[extra:]}
-        room = limits - total_use(oracle.instance, kept.values())
-        if not free or np.any(room < -1e-6):
-            break
-        found, _ = solve_together(oracle, [blocks[i] for i in free], room, None, gap=1e-3, max_nodes=_ROUNDING_NODES)
+    split = sorted(i for i, (part, _) in leading.items() if part < 1 - 1e-6)
+    kept = {i: pattern for i, (_, pattern) in leading.items() if i not in set(split)}
+    room = limits - total_use(oracle.instance, kept.values())
+    if budget.attempts and split and all(block.is_plain for block in blocks) and np.all(room >= -1e-6):
+        found, _ = solve_together(oracle, [blocks[i] for i in split], room, None, gap=1e-3, max_nodes=_ROUNDING_NODES)
         if found is not None:
-            patterns = kept | dict(zip(free, found, strict=True))
+            patterns = kept | dict(zip(split, found, strict=True))
             return [patterns[i] for i in range(len(blocks))]
     is_split = {blocks[i].first for i in split}
     by_need = sorted(order, key=lambda block: block.first in is_split)
@@ -115,7 +109,8 @@ def _round(
 def _round_with_room(
     oracle: Oracle, order: Sequence[Block], columns: Decomposition, budget: Budget
 ) -> list[Pattern] | None:
-    """Rounds what the master mixes when it holds a little of every row back, and more if that is not enough."""
+    """Rounds what the master mixes when it holds a little of every row back, and more where that is not enough."""
+    in_order = replace(budget, attempts=0)
     for share in _HELD_BACK:
         columns.hold_back(share)
         try:
@@ -125,7 +120,7 @@ def _round_with_room(
                 _, used = columns.mix()
         except InfeasibleError:
             return None
-        rounded = _round(oracle, order, columns.prices, used, budget)
+        rounded = _round(oracle, order, columns.prices, used, in_order)
         if rounded is not None:
             return rounded
     return None
