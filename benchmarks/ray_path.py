@@ -1,8 +1,8 @@
 """What the way through Ray adds: the same requests through both launchers in one run, fake backend, this machine.
 
 Both servers are real: `mxn serve` and `mxn up --ray` with the same file. Each round measures one after the other;
-printed are medians over the rounds with the lowest and highest, for one-token requests one at a time (p50, p99) and for streams
-of many tokens at several concurrencies.
+printed are medians over the rounds with the lowest and highest, for one-token requests one at a time (p50, p99) and
+for streams of many tokens at several concurrencies.
 
     python benchmarks/ray_path.py [--model FOLDER_OR_CARD] [--rounds 3] [--requests 300] [--json OUT]
 """
