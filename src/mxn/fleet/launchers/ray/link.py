@@ -20,6 +20,9 @@ from mxn.fleet.replica import Replica, ReplicaLink
 _LOOK_S = 0.25
 """How often a gateway looks whether Serve still routes to a replica."""
 
+_FORGET_S = 5.0
+"""A replica that was left is not joined again for so long: Serve takes a moment to notice that one has died."""
+
 _FINISH_S = 600.0
 """For the sequences of a replica that Serve stops, which sets the shorter limit itself."""
 
@@ -44,7 +47,8 @@ class RayLauncher:
         async with self._turns.setdefault(app, asyncio.Lock()):  # so that no two join the same one
             connection = await _Connection.open(app, joined)
             joined.add(connection.replica_id)
-        connection.ended.add_done_callback(lambda _: joined.discard(connection.replica_id))
+        loop = asyncio.get_running_loop()
+        connection.ended.add_done_callback(lambda _: loop.call_later(_FORGET_S, joined.discard, connection.replica_id))
         on_phase("waiting for Ray Serve", 1.0)
         replica = await RayReplica.start(connection.link(), load, on_phase)
         connection.when_unrouted(replica.retire)

@@ -19,6 +19,8 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's class has n
     ) -> list[list[RunningReplica]]:
         if pending_request is None:
             return []
+        # Without this Serve asks again at once, and for ever while there is no such replica: its loop does nothing else.
+        pending_request.routing_context.should_backoff = True
         address = pending_request.args[0]
         if isinstance(address, str):
             return [[r for r in candidate_replicas if r.replica_id.unique_id == address]]
@@ -30,11 +32,7 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's class has n
         return candidates[0] if candidates else None
 
     async def _probe_queue_lens(self, replicas: list[RunningReplica], backoff_index: int) -> list[object]:
-        """Asks nobody: mxn's line is in front of the gateway, and replicas take whatever is sent.
-
-        Serve asks every new replica, gives it 0.1 s, and cancels the call then. Gateways on an overloaded machine heard
-        of no replica any more after that; when they asked nothing, they did.
-        """
+        """Asks nobody: mxn's line is in front of the gateway, and replicas take whatever is sent."""
         return []
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
