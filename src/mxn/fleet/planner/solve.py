@@ -30,8 +30,8 @@ Effort = Literal["fast", "refined", "exact"]
 
 _BUDGETS: dict[Effort, Budget] = {
     "fast": Budget(target_gap=0.05, rounds=4, attempts=0),
-    "refined": Budget(target_gap=1e-3, rounds=20, attempts=16),
-    "exact": Budget(target_gap=1e-3, rounds=20, attempts=16),
+    "refined": Budget(target_gap=1e-3, rounds=20, attempts=8),
+    "exact": Budget(target_gap=1e-3, rounds=20, attempts=8),
 }
 
 
