@@ -19,7 +19,7 @@ class AddressedRouter(RequestRouter):  # type: ignore[misc]  # Ray's class has n
     ) -> list[list[RunningReplica]]:
         if pending_request is None:
             return []
-        # Without this Serve asks again at once, and for ever while there is no such replica: its loop does nothing else.
+        # Without this Serve asks again at once while there is no such replica, and its loop does nothing else any more.
         pending_request.routing_context.should_backoff = True
         address = pending_request.args[0]
         if isinstance(address, str):
