@@ -137,8 +137,7 @@ class RelayedStream:
         like = self.like
         if like is None:
             return True
-        kind = (like.backend, like.quantisation, like.attention)
-        return info.can_continue and (info.backend, info.quantisation, info.attention) == kind
+        return info.can_continue and _kind(info) == _kind(like)
 
     def begin(self, stream: SequenceStream, info: ReplicaInfo | None) -> None:
         """Its replica has taken it."""
@@ -193,3 +192,8 @@ class RelayedStream:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+def _kind(info: ReplicaInfo) -> tuple[str, ...]:
+    """What replicas must have in common to compute the same numbers."""
+    return info.backend, info.quantisation, info.attention, info.program
