@@ -19,10 +19,10 @@ def apply(
     api_key: KEY = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Have a running server go over to what a file says, replica by replica and without a gap.
+    """Have a running server go over to what a file says.
 
-    A bad file changes nothing: its faults are printed and the old plan goes on. What it says under `server` counts from
-    the next start on.
+    Replica by replica and without a gap. A bad file changes nothing: its faults are printed and the old plan goes
+    on. What it says under `server` counts from the next start on.
     """
     from mxn.cli.control import post, show
     from mxn.config.deployments import load_deployments

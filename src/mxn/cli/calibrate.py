@@ -33,10 +33,11 @@ def calibrate(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the profiles as JSON.")] = False,
 ) -> None:
-    """Measure this machine for plans, cell by cell of model, backend and format.
+    """Measure this machine, so that plans can rank on it.
 
-    Prompts alone, sequences that decode together, watts, and what the chip copies and multiplies without a model.
-    Kept in the user's data folder, where `mxn plan` finds it. Let nothing else run meanwhile.
+    Cell by cell of model, backend and format: prompts alone, sequences that decode together, watts, and what the
+    chip copies and multiplies without a model. Kept in the user's data folder, where `mxn plan` finds it. Let
+    nothing else run meanwhile.
     """
     from mxn.cli.console import EXIT_FAILURE, show_json
     from mxn.errors import ConfigError

@@ -13,14 +13,20 @@ JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def cordon(chip: CHIP, url: URL = "http://127.0.0.1:8000", api_key: KEY = None, json_output: JSON = False) -> None:
-    """Start no replica on a chip any more; what runs there goes on until the next plan."""
+    """Start no replica on a chip any more.
+
+    What runs there goes on until the next plan.
+    """
     from mxn.cli.control import post, show
 
     show(post(url, api_key, "cordon", {"chip": chip}), json_output=json_output)
 
 
 def uncordon(chip: CHIP, url: URL = "http://127.0.0.1:8000", api_key: KEY = None, json_output: JSON = False) -> None:
-    """Let replicas be started on a chip again, and make a new plan with it."""
+    """Let replicas be started on a chip again.
+
+    A new plan is made with it.
+    """
     from mxn.cli.control import post, show
 
     show(post(url, api_key, "uncordon", {"chip": chip}), json_output=json_output)

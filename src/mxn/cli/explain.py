@@ -15,9 +15,10 @@ def explain(
     api_key: Annotated[str | None, typer.Option(envvar="MXN_API_KEY", help="Key that the server asks for.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Explain where and how a deployment runs, and where a request would go.
+    """Say why a deployment runs where and how it does.
 
-    Computes, changes nothing. What a plan chose and refused before anything runs is told by `mxn plan --explain`.
+    With a prompt, also where a request would go. Computes, changes nothing. What a plan chose and refused before
+    anything runs is told by `mxn plan --explain`.
     """
     from mxn.cli.console import out, print_pairs, show_json
     from mxn.cli.converse import http_client, post_json

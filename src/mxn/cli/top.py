@@ -26,9 +26,10 @@ def top(
     api_key: Annotated[str | None, typer.Option(envvar="MXN_API_KEY", help="Key that the server asks for.")] = None,
     every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.2, max=60)] = 1.0,
 ) -> None:
-    """Watch models, replicas, chips, queues, tokens/s, watts and tokens per watt of a running server.
+    """Watch a running server: load, tokens/s, tokens per watt.
 
-    Ctrl-C ends it. Off a terminal it looks twice, prints once as plain text and ends. Rates are those of the last 10 s.
+    By model, replica and chip. Ctrl-C ends it. Off a terminal it looks twice, prints once as plain text and ends.
+    Rates are those of the last 10 s.
     """
     from mxn.cli.console import out
     from mxn.cli.converse import get_json, http_client

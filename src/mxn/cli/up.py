@@ -28,9 +28,10 @@ def up(
         bool, typer.Option("--json", help="Print one line of JSON when ready, instead of text.")
     ] = False,
 ) -> None:
-    """Start Ray on this machine, with its chips as resources, and serve on it.
+    """Start Ray on this machine and serve on it.
 
-    Ray asks for a token and listens on the loopback address, its dashboard too. Ctrl-C drains and ends all of it.
+    The machine's chips are Ray's resources. Ray asks for a token and listens on the loopback address, its dashboard
+    too. Ctrl-C drains and ends all of it.
     """
     from mxn.cli.logs import set_up_logging
     from mxn.cli.ray_serving import require_ray, serve_on_ray
