@@ -60,9 +60,9 @@ def test_answers_are_counted_by_outcome_and_timed_when_they_are_right() -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_replica_costs_no_request(byte_tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_replica_costs_no_request(model_folder: str, tmp_path: Path) -> None:
     record = tmp_path / "faults.json"
-    command = [sys.executable, str(ROOT / "benchmarks/faults.py"), "kill", "--model", str(byte_tokenizer_folder)]
+    command = [sys.executable, str(ROOT / "benchmarks/faults.py"), "kill", "--model", model_folder]
     done = subprocess.run(
         [*command, "--scale", "0.2", "--json", str(record)], capture_output=True, text=True, timeout=120, check=False
     )
