@@ -42,6 +42,9 @@ _ROOM = 160
 """Tokens that a sequence has room for after its prompt, at least."""
 _IDLE_S = 2.0
 
+_SEQ_IDS = itertools.count(1)
+"""Of all measurements: two may share a replica, whose sequences must not be taken for one another."""
+
 
 @dataclass(slots=True)
 class Samples:
@@ -60,7 +63,6 @@ class Measurement:
 
     def __init__(self, replica: RunningReplica, info: ReplicaInfo, reader: PowerReader) -> None:
         self._replica, self._info, self._reader = replica, info, reader
-        self._seq_ids = itertools.count(1)
         self._dice = random.Random(0)
         self.prefill: dict[int, list[float]] = {}
         self.decode: dict[tuple[int, int], Samples] = {}
@@ -123,7 +125,7 @@ class Measurement:
         top = min(self._info.vocab_size, 32_000)
         prompt = [self._dice.randrange(top) for _ in range(num_tokens)]
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        seq_id = next(self._seq_ids)
+        seq_id = next(_SEQ_IDS)
         return self._replica.submit(SequenceRequest(seq_id=seq_id, prompt_token_ids=prompt, sampling=sampling))
 
 
